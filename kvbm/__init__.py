@@ -1,0 +1,1 @@
+"""kvbm: the KV-cache block manager for LLM serving."""

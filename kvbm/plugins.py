@@ -1,0 +1,45 @@
+"""Names in settings become classes, loaded on first use.
+
+Our own names stand in a table here; other packages add theirs by entry points of the group ``kvbm.<kind>``.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from kvbm.errors import PluginError
+
+_OWN = {
+    "eviction": {"lru": "kvbm.eviction.lru:LruPolicy", "fifo": "kvbm.eviction.fifo:FifoPolicy"},
+}
+PLUGIN_KINDS = tuple(_OWN)
+
+
+def plugin_names(kind: str) -> list[str]:
+    """List the names known in a group, e.g. ``plugin_names("eviction")``."""
+    return sorted({point.name for point in _points(kind)})
+
+
+def load_plugin(kind: str, name: str) -> Any:
+    """Load what a name stands for.
+
+    Raises
+    ------
+    PluginError
+        The name is not known (the known ones are listed), or its module cannot be imported (the cause is chained).
+    """
+    found = [point for point in _points(kind) if point.name == name]
+    if not found:
+        known = ", ".join(plugin_names(kind))
+        raise PluginError(f"no {kind} plug-in is called {name!r}, known: {known}")
+    try:
+        return found[0].load()
+    except Exception as error:
+        raise PluginError(f"{kind} plug-in {name!r} ({found[0].value}) cannot be loaded: {error}") from error
+
+
+def _points(kind: str) -> list[EntryPoint]:
+    group = f"kvbm.{kind}"
+    own = [EntryPoint(name, value, group) for name, value in _OWN.get(kind, {}).items()]
+    return own + list(entry_points(group=group))
