@@ -1,0 +1,109 @@
+"""Adapter between a store, of either twin, and an eviction policy written by somebody else.
+
+Checks every answer of ``pop`` before the store believes it and wraps the policy's exceptions in ``PluginError``. Called
+under the store's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvbm.errors import PluginError, bad_victims
+from kvbm.types import HashArray, IdArray
+
+
+class PluggedPolicy:
+    """Gives a Python policy the calls that a store makes.
+
+    Parameters
+    ----------
+    policy : EvictionPolicy
+    num_blocks : int
+        Size of the store.
+    hashes_of : callable
+        Gives the hashes of blocks: ids to (n, 2) uint64.
+    priority_of, is_inactive : callable
+        Tell of one block.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        num_blocks: int,
+        *,
+        hashes_of: Callable[[Sequence[int]], HashArray],
+        priority_of: Callable[[int], int],
+        is_inactive: Callable[[int], bool],
+    ) -> None:
+        self._policy = policy
+        self._num_blocks = num_blocks
+        self._hashes_of = hashes_of
+        self._priority_of = priority_of
+        self._is_inactive = is_inactive
+        self._name = type(policy).__name__
+
+    def inserted(self, ids: Sequence[int], priorities: Sequence[int]) -> None:
+        """Tell the policy of blocks that became inactive, oldest first."""
+        if ids:
+            self._call("inserted", _ids(ids), self._hashes_of(ids), np.array(priorities, dtype=np.uint8))
+
+    def removed(self, ids: Sequence[int]) -> None:
+        """Tell the policy of blocks that are inactive no more, other than by its own choice."""
+        if ids:
+            self._call("removed", _ids(ids))
+
+    def touched(self, ids: Sequence[int]) -> None:
+        """Tell the policy of blocks that were used again, oldest first."""
+        if ids:
+            self._call("touched", _ids(ids))
+
+    def prioritised(self, ids: Sequence[int], priorities: Sequence[int]) -> None:
+        """Tell the policy of new priorities."""
+        if ids:
+            self._call("prioritised", _ids(ids), np.array(priorities, dtype=np.uint8))
+
+    def pop(self, n: int) -> list[int]:
+        """Ask the policy for n victims and check them; a bad answer is put back and raises `PluginError`."""
+        if n == 0:
+            return []
+        answer = list(self._call("pop", n, frozenset[int]()))
+        victims: list[int] = []
+        reason = None
+        for value in answer:
+            problem = self._problem_with(value, victims)
+            if problem is None:
+                victims.append(int(value))
+            reason = reason or problem
+        if reason is None and len(victims) != n:
+            reason = f"returned {len(victims)} of {n} blocks"
+        if reason is not None:
+            self.inserted(victims, [self._priority_of(block_id) for block_id in victims])
+            raise bad_victims(self._name, reason)
+        return victims
+
+    def _problem_with(self, value: Any, victims: list[int]) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            return f"returned {value!r}, which is not a block id"
+        if not 0 <= value < self._num_blocks:
+            return f"returned block {value}, which is outside the pool"
+        if value in victims:
+            return f"returned block {value} twice"
+        if not self._is_inactive(int(value)):
+            return f"returned block {value}, which is not inactive"
+        return None
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        method: Callable[..., Any] = getattr(self._policy, name)
+        try:
+            return method(*arguments)
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(f"eviction policy {self._name} failed in {name}: {error!r}") from error
+
+
+def _ids(ids: Sequence[int]) -> IdArray:
+    return np.array(ids, dtype=np.int32)

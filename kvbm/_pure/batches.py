@@ -1,0 +1,24 @@
+"""Between arrays and lists: the reference store works on Python lists and answers in arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvbm.types import HASH_NBYTES, HashArray, IdArray, hash_array
+
+
+def names_of(hashes: HashArray) -> list[bytes]:
+    """Give each hash of a batch as 16 bytes."""
+    data = hash_array(hashes).tobytes()
+    return [data[i : i + HASH_NBYTES] for i in range(0, len(data), HASH_NBYTES)]
+
+
+def to_id_array(ids: list[int]) -> IdArray:
+    """Give ids as a fresh (n,) int32 array."""
+    return np.array(ids, dtype=np.int32)
+
+
+def to_hash_array(names: list[bytes]) -> HashArray:
+    """Give hashes as a fresh (n, 2) uint64 array."""
+    hashes: HashArray = np.frombuffer(b"".join(names), dtype="<u8").reshape(-1, 2).copy()
+    return hashes
