@@ -1,0 +1,193 @@
+"""Transfer: the future that a caller holds while bytes move.
+
+It ends exactly once: done, failed, cancelled or timed out. It ends *for its waiter* at the deadline; the bytes may move
+on ("draining") until the mover says that they have landed. Its one lock is held for bookkeeping only, never while a
+callback runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar
+
+from kvbm.errors import TransferCancelled, TransferTimeout
+
+ResultT = TypeVar("ResultT")
+
+_log = logging.getLogger("kvbm.jobs")
+
+
+class TransferState(str, enum.Enum):
+    """How far a transfer is."""
+
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+
+
+class Transfer(Generic[ResultT]):
+    """A result that comes later; also awaitable.
+
+    Parameters
+    ----------
+    deadline_s : float, optional
+        Seconds from now after which waiting ends in `TransferTimeout`; None waits for ever.
+    clock : callable
+        Gives seconds; monotonic.
+    """
+
+    def __init__(self, *, deadline_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._deadline = None if deadline_s is None else clock() + deadline_s
+        self._condition = threading.Condition()
+        self._state = TransferState.PENDING
+        self._result: ResultT | None = None
+        self._error: BaseException | None = None
+        self._has_landed = False
+        self._callbacks: list[Callable[[Transfer[ResultT]], None]] = []
+
+    @classmethod
+    def completed(cls, result: ResultT) -> Transfer[ResultT]:
+        """Make a transfer that is done already."""
+        transfer = cls()
+        transfer.set_result(result)
+        return transfer
+
+    # -- for the caller ----------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> TransferState:
+        """How far the transfer is, its deadline looked at."""
+        self._look_at_deadline()
+        return self._state
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it has ended for its waiter while its bytes may still move."""
+        return self.state is not TransferState.PENDING and not self._has_landed
+
+    def done(self) -> bool:
+        """Whether it has ended, one way or the other."""
+        return self.state is not TransferState.PENDING
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self.state is TransferState.CANCELLED
+
+    def cancel(self) -> bool:
+        """End it for its waiter; False when it had ended already."""
+        return self._end(TransferState.CANCELLED, error=TransferCancelled("the transfer was cancelled"))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until it has ended or `timeout` seconds are over; return whether it has ended."""
+        give_up = None if timeout is None else self._clock() + timeout
+        while not self.done():
+            limits = [limit for limit in (give_up, self._deadline) if limit is not None]
+            remaining_s = min(limits) - self._clock() if limits else None
+            if give_up is not None and self._clock() >= give_up:
+                return False
+            with self._condition:
+                if self._state is TransferState.PENDING and (remaining_s is None or remaining_s > 0):
+                    self._condition.wait(remaining_s)
+        return True
+
+    def result(self, timeout: float | None = None) -> ResultT:
+        """Wait for the result.
+
+        Raises
+        ------
+        TransferTimeout
+            Its deadline passed, or `timeout` seconds did (it then goes on, and may be waited for again).
+        TransferCancelled
+        Exception
+            What made it fail.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self._result  # type: ignore[return-value]  # done without an error: set_result gave it
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end and give the error, None when it is done; raises as `result` when `timeout` passes."""
+        if not self.wait(timeout):
+            raise TransferTimeout(f"the transfer did not end within {timeout} s; it goes on")
+        return self._error
+
+    def add_done_callback(self, callback: Callable[[Transfer[ResultT]], None]) -> None:
+        """Call back with this transfer once it has ended: at once, or in the thread that ends it."""
+        with self._condition:
+            if self._state is TransferState.PENDING:
+                self._callbacks.append(callback)
+                return
+        self._call(callback)
+
+    def __await__(self) -> Generator[Any, None, ResultT]:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def wake_loop(_: Transfer[ResultT]) -> None:
+            loop.call_soon_threadsafe(wake)
+
+        self.add_done_callback(wake_loop)
+        remaining_s = None if self._deadline is None else max(0.0, self._deadline - self._clock())
+        timer = None if remaining_s is None else loop.call_later(remaining_s, self._look_at_deadline)
+        try:
+            yield from ended
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return self.result(0)
+
+    def __repr__(self) -> str:
+        return f"Transfer({self.state.value}{', draining' if self.is_draining else ''})"
+
+    # -- for whoever moves the bytes ---------------------------------------------------------------------------
+
+    def set_result(self, result: ResultT) -> bool:
+        """End it with a result; the bytes have landed. False when it had ended before."""
+        self.set_landed()
+        return self._end(TransferState.DONE, result=result)
+
+    def set_exception(self, error: BaseException) -> bool:
+        """End it with an error; the bytes have stopped. False when it had ended before."""
+        self.set_landed()
+        return self._end(TransferState.FAILED, error=error)
+
+    def set_landed(self) -> None:
+        """Say that no byte of it moves any more."""
+        self._has_landed = True
+
+    # -- private -----------------------------------------------------------------------------------------------
+
+    def _look_at_deadline(self) -> None:
+        if self._state is TransferState.PENDING and self._deadline is not None and self._clock() >= self._deadline:
+            self._end(TransferState.TIMED_OUT, error=TransferTimeout("the transfer did not end before its deadline"))
+
+    def _end(self, state: TransferState, *, result: ResultT | None = None, error: BaseException | None = None) -> bool:
+        with self._condition:
+            if self._state is not TransferState.PENDING:
+                return False
+            self._result, self._error = result, error
+            self._state = state
+            callbacks, self._callbacks = self._callbacks, []
+            self._condition.notify_all()
+        for callback in callbacks:
+            self._call(callback)
+        return True
+
+    def _call(self, callback: Callable[[Transfer[ResultT]], None]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            _log.exception("a callback of a transfer failed: %r", callback)

@@ -1,0 +1,373 @@
+"""BlockPool: one store, its policy, and the guards that users hold.
+
+Bookkeeping only; bytes are reached through what a manager injects. Thread-safe: the store has the one lock, counters
+have their own, and blocks dropped by the garbage collector are given back by the next call.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm._backend import Backend, default_backend
+from kvbm.blocks import BlockGuard, CompleteBlocks, ImmutableBlocks, MutableBlocks
+from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable, PoolClosed
+from kvbm.events import EventHub, EventSubscription, KvEventType
+from kvbm.types import BlockBytes, BlockState, HashArray, IdArray, SequenceHash, Tier, hash_array, hash_list
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """Counts of one pool at one moment; the states add up to `total_blocks`."""
+
+    name: str
+    tier: Tier
+    total_blocks: int
+    free: int
+    mutable: int
+    complete: int
+    active: int
+    inactive: int
+    hits: int  # blocks that match found, since the start
+    misses: int  # blocks asked of match that were not there
+    evictions: int
+    registered_total: int  # blocks registered, since the start
+    folded_total: int  # of these, blocks whose hash was registered already
+
+    @property
+    def available_blocks(self) -> int:
+        """Blocks that an allocation could have: free + inactive."""
+        return self.free + self.inactive
+
+
+@dataclass(frozen=True)
+class ResetBlocksResponse:
+    """What `BlockPool.reset_blocks` did with each hash; the three lists are disjoint."""
+
+    reset: list[SequenceHash]
+    not_found: list[SequenceHash]
+    in_use: list[SequenceHash]
+
+
+class BlockPool:
+    """A fixed number of blocks, reused by sequence hash.
+
+    Parameters
+    ----------
+    num_blocks : int
+        1 to 2**31 - 2.
+    name : str
+        Used in messages.
+    tier : Tier
+    policy : EvictionPolicy, optional
+        None is the built-in LRU.
+    worker_id : str
+        Put into events.
+    event_metadata : dict of str to str, optional
+        Put into events.
+    backend : Backend, optional
+        The twin to use; default by ``KVBM_BACKEND``.
+
+    Examples
+    --------
+    >>> import kvbm
+    >>> pool = kvbm.BlockPool(8)
+    >>> sequence = kvbm.TokenSequence(range(32), block_size=16)
+    >>> fresh = pool.allocate_blocks(sequence.num_full_blocks)
+    >>> pool.register_blocks(fresh.complete(sequence.hashes)).release()
+    >>> len(pool.match_sequence_hashes(sequence.hashes))
+    2
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        name: str = "pool",
+        tier: Tier = Tier.DEVICE,
+        policy: Any = None,
+        worker_id: str = "0",
+        event_metadata: dict[str, str] | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        backend = backend or default_backend()
+        self.name = name
+        self.tier = tier
+        self.bytes: BlockBytes | None = None  # injected by a manager
+        self._store = backend.store(num_blocks, policy=None if getattr(policy, "is_builtin", False) else policy)
+        self._hub = EventHub(self._store, tier=tier, worker_id=worker_id, metadata=event_metadata)
+        self._dropped: deque[tuple[IdArray, bool]] = deque()  # left by finalisers
+        self._metadata: dict[int, Any] = {}
+        self._waiters: tuple[queue.SimpleQueue[None], ...] = ()  # replaced whole, so a finaliser may read it
+        self._lock = threading.Lock()  # counters and waiters
+        self._hits = self._misses = self._evictions = self._registered = self._folded = 0
+        self._is_closed = False
+
+    # -- the life of blocks ------------------------------------------------------------------------------------
+
+    def try_allocate_blocks(self, n: int) -> MutableBlocks | None:
+        """Take n blocks to fill, evicting where needed; None when fewer are available."""
+        self._begin()
+        answer = self._store.allocate(n)
+        if answer is None:
+            return None
+        ids, evicted = answer
+        if len(evicted):
+            with self._lock:
+                self._evictions += len(evicted)
+        if self._metadata:
+            self._forget_metadata(ids)
+        return MutableBlocks(self, ids)
+
+    def allocate_blocks(self, n: int, *, timeout: float | None = None) -> MutableBlocks:
+        """Take n blocks to fill, evicting where needed.
+
+        Parameters
+        ----------
+        n : int
+        timeout : float, optional
+            Seconds to wait for others to release blocks; None does not wait.
+
+        Raises
+        ------
+        NotEnoughBlocksAvailable
+            Fewer are available (by then); nothing was taken.
+
+        Notes
+        -----
+        Waiting allocations are not queued: the first that finds enough blocks gets them.
+        """
+        blocks = self.try_allocate_blocks(n)
+        if blocks is not None:
+            return blocks
+        if timeout is not None and n <= self.total_blocks:
+            blocks = self._wait_for_blocks(n, time.monotonic() + timeout)
+        if blocks is None:
+            counts = self._store.counts()
+            free, inactive = counts["free"], counts["inactive"]
+            detail = f"({free} free + {inactive} evictable, pool {self.name!r}, {self.total_blocks} total)"
+            raise NotEnoughBlocksAvailable(n, free + inactive, detail)
+        return blocks
+
+    def register_blocks(self, blocks: CompleteBlocks) -> ImmutableBlocks:
+        """Publish complete blocks so that others find them, and use up their guard.
+
+        A block whose hash is registered already gives way: the guard returned holds the registered one.
+        """
+        self._begin()
+        if not isinstance(blocks, CompleteBlocks) or blocks._pool is not self:
+            raise BlockStateError(f"pool {self.name!r} registers its own CompleteBlocks, got {blocks!r}")
+        ids = blocks._take("register")
+        try:
+            primaries, folded = self._store.register(ids)
+        except BaseException:
+            blocks._give_back(ids)
+            raise
+        blocks._gone = "active"
+        num_folded = int(np.count_nonzero(folded))
+        with self._lock:
+            self._registered += len(ids)
+            self._folded += num_folded
+        if num_folded:
+            self._forget_metadata(ids[folded])
+            self._wake()
+        return ImmutableBlocks(self, primaries, blocks._hashes)
+
+    def match_sequence_hashes(self, hashes: HashArray) -> ImmutableBlocks:
+        """Find the longest registered prefix of a sequence and hold it; an empty guard is a miss.
+
+        Parameters
+        ----------
+        hashes : (num_blocks, 2) uint64, host
+        """
+        self._begin()
+        names = hash_array(hashes)
+        ids = self._store.match(names)
+        num_hits = len(ids)
+        with self._lock:
+            self._hits += num_hits
+            self._misses += len(names) - num_hits
+        return ImmutableBlocks(self, ids, names[:num_hits].copy())
+
+    def free_blocks(self, blocks: BlockGuard | Iterable[BlockGuard]) -> None:
+        """Release a guard, or several of them in the order given (give the deeper ones first)."""
+        for guard in [blocks] if isinstance(blocks, BlockGuard) else blocks:
+            guard.release()
+
+    # -- names and recency -------------------------------------------------------------------------------------
+
+    def lookup(self, hashes: HashArray) -> IdArray:
+        """Give the slot of each hash, -1 where absent; holds nothing and changes no recency."""
+        self._begin()
+        return self._store.find(hash_array(hashes))
+
+    def touch_blocks(self, hashes: HashArray) -> int:
+        """Make blocks young again; return how many of the hashes are registered."""
+        self._begin()
+        return self._store.touch(hash_array(hashes))
+
+    def set_priority(self, hashes: HashArray, priority: int) -> int:
+        """Keep blocks longer (up to 100) or less long (down to 0; default 50); return how many were found."""
+        self._begin()
+        return self._store.set_priority(hash_array(hashes), priority)
+
+    def discard_blocks(self, blocks: ImmutableBlocks) -> None:
+        """Unpublish blocks at once, e.g. corrupt ones; they are free again when nobody holds them."""
+        self._begin()
+        self._store.discard(blocks.block_ids)
+
+    def reset_blocks(self, hashes: HashArray) -> ResetBlocksResponse:
+        """Forget blocks by hash; those in use stay."""
+        self._begin()
+        reset, not_found, busy = self._store.remove(hash_array(hashes))
+        self._sweep_metadata()
+        self._wake()
+        return ResetBlocksResponse(hash_list(reset), hash_list(not_found), hash_list(busy))
+
+    def reset(self) -> int:
+        """Forget every block; return how many.
+
+        Raises
+        ------
+        BlockStateError
+            Some block is in use; nothing was forgotten.
+        """
+        self._begin()
+        num_blocks = self._store.clear()
+        self._sweep_metadata()
+        self._wake()
+        return num_blocks
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self._store.num_blocks
+
+    @property
+    def available_blocks(self) -> int:
+        """Blocks that an allocation could have now: free + inactive."""
+        self._reap()
+        counts = self._store.counts()
+        return counts["free"] + counts["inactive"]
+
+    def status(self) -> PoolStatus:
+        """Count blocks by state, and what happened since the start."""
+        self._reap()
+        counts = self._store.counts()
+        with self._lock:
+            totals = (self._hits, self._misses, self._evictions, self._registered, self._folded)
+        return PoolStatus(self.name, self.tier, self.total_blocks, *counts.values(), *totals)
+
+    def registered(self) -> tuple[IdArray, HashArray, HashArray, int]:
+        """Give ids, hashes and parents of all registered blocks, and the last event's sequence number."""
+        self._reap()
+        return self._store.registered()
+
+    def subscribe_events(self, kinds: Iterable[KvEventType | str] | None = None) -> EventSubscription:
+        """Read what happens from now on; `kinds` limits it to e.g. ``["created"]``."""
+        self._begin()
+        return self._hub.subscribe(kinds)
+
+    def check(self) -> None:
+        """Verify the store's invariants; raise AssertionError where one is broken. Cost grows with the pool."""
+        self._reap()
+        self._store.check()
+
+    def close(self) -> None:
+        """Refuse further calls; guards can still be released."""
+        self._is_closed = True
+        self._wake()
+
+    # -- what guards call --------------------------------------------------------------------------------------
+
+    def stage(self, ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
+        """Name filled blocks: MUTABLE -> COMPLETE."""
+        self._begin()
+        self._store.stage(ids, hashes, parents)
+
+    def acquire(self, ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
+        """Take a reference on each block that still holds its hash; return which."""
+        self._begin()
+        return self._store.acquire(ids, hashes)
+
+    def release_ids(self, ids: IdArray, *, is_registered: bool) -> None:
+        """Drop one reference on each block."""
+        self._reap()
+        self._give_back(ids, is_registered)
+
+    def drop_ids(self, ids: IdArray, is_registered: bool) -> None:
+        """Leave a collected guard's ids for the next call; takes no lock."""
+        self._dropped.append((ids, is_registered))
+        self._wake()
+
+    def get_metadata(self, block_id: int) -> Any:
+        """Give the user's object of a block, None without."""
+        return self._metadata.get(block_id)
+
+    def set_metadata(self, block_id: int, value: Any) -> None:
+        """Keep a user's object with a block."""
+        self._metadata[block_id] = value
+
+    # -- private -----------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._is_closed:
+            raise PoolClosed(f"pool {self.name!r} is closed")
+        self._reap()
+
+    def _reap(self) -> None:
+        """Give back what the garbage collector found."""
+        while self._dropped:
+            try:
+                ids, is_registered = self._dropped.popleft()
+            except IndexError:
+                return
+            self._give_back(ids, is_registered)
+        self._hub.reap()
+
+    def _give_back(self, ids: IdArray, is_registered: bool) -> None:
+        if not is_registered and self._metadata:
+            self._forget_metadata(ids)
+        self._store.release(ids)
+        self._wake()
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            waiter.put(None)
+
+    def _wait_for_blocks(self, n: int, deadline: float) -> MutableBlocks | None:
+        waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
+        with self._lock:
+            self._waiters = (*self._waiters, waiter)
+        try:
+            while (blocks := self.try_allocate_blocks(n)) is None:
+                remaining_s = deadline - time.monotonic()
+                if remaining_s <= 0:
+                    return None
+                try:
+                    waiter.get(timeout=remaining_s)
+                except queue.Empty:
+                    return self.try_allocate_blocks(n)
+            return blocks
+        finally:
+            with self._lock:
+                self._waiters = tuple(other for other in self._waiters if other is not waiter)
+
+    def _forget_metadata(self, ids: IdArray) -> None:
+        for block_id in ids.tolist():
+            self._metadata.pop(block_id, None)
+
+    def _sweep_metadata(self) -> None:
+        if self._metadata:
+            ids = np.array(list(self._metadata), dtype=np.int32)
+            self._forget_metadata(ids[self._store.states(ids) == BlockState.FREE])
