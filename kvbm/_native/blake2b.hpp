@@ -62,7 +62,7 @@ inline void mix_rounds(std::uint64_t (&v)[16], const std::uint64_t (&m)[16], std
     (mix_round<kRounds>(v, m), ...);
 }
 
-// Section 3.2. The message stays in memory, where the additions read it: registers are needed for the 16 words of state.
+// Section 3.2. The message stays in memory, where the additions read it: the state needs all registers.
 // `num_bytes` counts everything up to the end of this block (below 2^64), the key block included.
 inline void compress(std::uint64_t* h, const unsigned char* block, std::uint64_t num_bytes, bool is_last) {
     std::uint64_t m[16];
