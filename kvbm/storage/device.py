@@ -1,0 +1,12 @@
+"""The device tier's memory: host memory that stands in for a GPU, so that everything runs where there is none."""
+
+from __future__ import annotations
+
+from kvbm.storage.base import StorageCapabilities
+from kvbm.storage.host import HostStorage
+
+
+class DeviceStorage(HostStorage):
+    """Blocks of the device tier (G1), in host memory in this version."""
+
+    capabilities = StorageCapabilities(is_addressable=True, is_device=True)

@@ -1,0 +1,183 @@
+"""Host memory bound to a layout: our own mapping, or buffers that somebody else owns.
+
+Our own is touched once by several threads when it is made, because an untouched page costs up to 12 us at the worst
+moment, the first copy. Huge pages are asked for and used where the kernel allows.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm._backend import Backend, default_backend
+from kvbm.copyplan import plan_copy
+from kvbm.errors import LayoutError, PoolClosed, StorageError
+from kvbm.layout import BlockLayout, BoundLayout
+from kvbm.storage.base import Storage, StorageCapabilities
+from kvbm.types import IdArray
+
+_log = logging.getLogger("kvbm.storage")
+_PAGE_NBYTES = 4096
+
+
+class HostStorage(Storage):
+    """Blocks in host memory.
+
+    Parameters
+    ----------
+    layout : BlockLayout
+    buffers : sequence of buffers, optional
+        Writable, contiguous, one for each buffer of the layout; kept alive. None maps memory of our own.
+    use_huge_pages : bool
+        Ask the kernel for huge pages; what came of it is in `has_huge_pages`.
+    num_threads : int
+        Threads that touch the memory first.
+    backend : Backend, optional
+
+    Raises
+    ------
+    StorageError
+        The memory cannot be had.
+    LayoutError
+        Buffers of wrong number or size, or read-only ones.
+    """
+
+    capabilities = StorageCapabilities(is_addressable=True)
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        *,
+        buffers: Sequence[Any] | None = None,
+        use_huge_pages: bool = True,
+        num_threads: int = 2,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__(layout)
+        self._copy_blocks = (backend or default_backend()).copy_blocks
+        self.has_huge_pages = False
+        if buffers is None:
+            self.buffers = [self._map(use_huge_pages) for _ in range(layout.num_buffers)]
+            _touch(self.buffers, num_threads)
+        else:
+            self.buffers = [_as_bytes(buffer, i) for i, buffer in enumerate(buffers)]
+        addresses = [buffer.ctypes.data for buffer in self.buffers]
+        self._bound: BoundLayout | None = layout.bind(addresses, [buffer.nbytes for buffer in self.buffers])
+
+    @property
+    def bound(self) -> BoundLayout:
+        """The layout with the addresses of the buffers."""
+        if self._bound is None:
+            raise StorageError(f"{type(self).__name__} is closed")
+        return self._bound
+
+    def open_buffer(self, index: int) -> npt.NDArray[np.uint8]:
+        """Give a buffer's bytes: (buffer_nbytes,) uint8; raises once the storage is closed."""
+        if self._is_closed:
+            raise PoolClosed(f"{type(self).__name__} is closed")
+        return self.buffers[index]
+
+    def read(self, block_ids: IdArray) -> npt.NDArray[np.uint8]:
+        """Copy blocks out: (num_blocks, block_nbytes) uint8, host."""
+        ids = self._begin(block_ids)
+        data = np.empty((len(ids), self.layout.block_nbytes), dtype=np.uint8)
+        if len(ids):
+            plan = plan_copy(self.bound, self._dense(data), ids, np.arange(len(ids), dtype=np.int32))
+            self._copy_blocks(
+                plan.source_blocks,
+                plan.destination_blocks,
+                plan.source_pieces,
+                plan.destination_pieces,
+                plan.piece_nbytes,
+            )
+        return data
+
+    def write(self, block_ids: IdArray, data: npt.NDArray[np.uint8]) -> None:
+        """Copy blocks in: (num_blocks, block_nbytes) uint8, host."""
+        ids = self._begin(block_ids)
+        data = self._checked_data(ids, data)
+        self.has_checksum[ids] = False
+        if len(ids):
+            plan = plan_copy(self._dense(data), self.bound, np.arange(len(ids), dtype=np.int32), ids)
+            self._copy_blocks(
+                plan.source_blocks,
+                plan.destination_blocks,
+                plan.source_pieces,
+                plan.destination_pieces,
+                plan.piece_nbytes,
+            )
+
+    def close(self) -> None:
+        """Let go of the memory; arrays taken from it keep it alive."""
+        super().close()
+        self._bound = None
+        self.buffers = []
+
+    def _dense(self, data: npt.NDArray[np.uint8]) -> BoundLayout:
+        """Describe an array of blocks without gaps, tokens and heads in this layout's own order."""
+        layout = self.layout
+        head, token = layout.head_nbytes, layout.inner_dim * layout.itemsize
+        is_head_major = layout.region_order == ("head", "token")
+        region = layout.region_nbytes
+        dense = BlockLayout.custom(
+            num_blocks=len(data),
+            num_layers=layout.num_layers,
+            outer_dim=layout.outer_dim,
+            block_size=layout.block_size,
+            inner_dim=layout.inner_dim,
+            dtype=layout.dtype,
+            num_heads=layout.num_heads,
+            strides={
+                "block": layout.block_nbytes,
+                "layer": layout.outer_dim * region,
+                "outer": region,
+                "token": head if is_head_major else token,
+                "head": head * layout.block_size if is_head_major else head,
+            },
+        )
+        return dense.bind([data.ctypes.data])
+
+    def _map(self, use_huge_pages: bool) -> npt.NDArray[np.uint8]:
+        nbytes = self.layout.buffer_nbytes
+        try:
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise StorageError(f"cannot map {nbytes} bytes of host memory: {error}") from error
+        if use_huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                memory.madvise(mmap.MADV_HUGEPAGE)
+                self.has_huge_pages = True
+            except OSError as error:
+                _log.info("huge pages refused nbytes=%d reason=%s", nbytes, error)
+        return np.frombuffer(memory, dtype=np.uint8)
+
+
+def _touch(buffers: Sequence[npt.NDArray[np.uint8]], num_threads: int) -> None:
+    """Write one byte of every page, the buffers cut among threads."""
+    num_threads = max(1, min(num_threads, os.cpu_count() or 1))
+
+    def touch(part: int) -> None:
+        for buffer in buffers:
+            pages = buffer[::_PAGE_NBYTES]
+            pages[len(pages) * part // num_threads : len(pages) * (part + 1) // num_threads] = 0
+
+    threads = [threading.Thread(target=touch, args=(part,)) for part in range(1, num_threads)]
+    for thread in threads:
+        thread.start()
+    touch(0)
+    for thread in threads:
+        thread.join()
+
+
+def _as_bytes(buffer: Any, index: int) -> npt.NDArray[np.uint8]:
+    view = memoryview(buffer)
+    if view.readonly or not view.c_contiguous:
+        raise LayoutError(f"buffer {index} must be writable and contiguous")
+    return np.frombuffer(view.cast("B"), dtype=np.uint8)
