@@ -75,6 +75,19 @@ class CopyBlocks(Protocol):
     ) -> npt.NDArray[np.uint64] | None: ...
 
 
+class MemcpyBlocks(Protocol):
+    """`memcpy_blocks` of the native twin: what benchmarks compare with."""
+
+    def __call__(
+        self,
+        source_blocks: npt.NDArray[np.uint64],
+        destination_blocks: npt.NDArray[np.uint64],
+        source_pieces: npt.NDArray[np.uint64],
+        destination_pieces: npt.NDArray[np.uint64],
+        piece_nbytes: int,
+    ) -> None: ...
+
+
 class ChecksumBlocks(Protocol):
     """`checksum_blocks` of both twins."""
 
@@ -119,7 +132,8 @@ class Backend:
     hash_blocks: HashBlocks
     copy_blocks: CopyBlocks
     checksum_blocks: ChecksumBlocks
-    cpu_features: tuple[str, ...]
+    cpu_features: tuple[str, ...] = ()
+    memcpy_blocks: MemcpyBlocks | None = None
 
 
 def load_backend(choice: str = "auto") -> Backend:
@@ -172,4 +186,5 @@ def _assemble(name: str, reason: str) -> Backend:
         copy_blocks=modules["copies"].copy_blocks,
         checksum_blocks=modules["copies"].checksum_blocks,
         cpu_features=modules["copies"].cpu_features(),
+        memcpy_blocks=getattr(modules["copies"], "memcpy_blocks", None),
     )

@@ -169,3 +169,18 @@ def wrong_hash_input(name: str, needed: str, got: str) -> HashFormatError:
 def wrong_block_size(block_size: object) -> ConfigError:
     """Say what a block size may be."""
     return ConfigError(f"block size must be an integer of 1 or more tokens, got {block_size!r}")
+
+
+def wrong_addresses(name: str, got: str) -> LayoutError:
+    """Say what a batch of addresses or offsets must look like."""
+    return LayoutError(f"{name} must be a one-dimensional uint64 array, as long as its counterpart, got {got}")
+
+
+def wrong_piece_nbytes(piece_nbytes: int) -> LayoutError:
+    """Say how long a piece of a block may be."""
+    return LayoutError(f"piece_nbytes is {piece_nbytes}, give 1 or more bytes")
+
+
+def wrong_num_threads(num_threads: int) -> ConfigError:
+    """Say how many threads a copy may use."""
+    return ConfigError(f"num_threads is {num_threads}, give 1 or more")

@@ -163,7 +163,7 @@ class BlockPool:
         A block whose hash is registered already gives way: the guard returned holds the registered one.
         """
         self._begin()
-        if not isinstance(blocks, CompleteBlocks) or blocks._pool is not self:
+        if getattr(blocks, "_pool", None) is not self or blocks.state is not BlockState.COMPLETE:
             raise BlockStateError(f"pool {self.name!r} registers its own CompleteBlocks, got {blocks!r}")
         ids = blocks._take("register")
         try:
@@ -177,7 +177,8 @@ class BlockPool:
             self._registered += len(ids)
             self._folded += num_folded
         if num_folded:
-            self._forget_metadata(ids[folded])
+            if self._metadata:
+                self._forget_metadata(ids[folded])
             self._wake()
         return ImmutableBlocks(self, primaries, blocks._hashes)
 
@@ -265,8 +266,17 @@ class BlockPool:
         self._reap()
         counts = self._store.counts()
         with self._lock:
-            totals = (self._hits, self._misses, self._evictions, self._registered, self._folded)
-        return PoolStatus(self.name, self.tier, self.total_blocks, *counts.values(), *totals)
+            return PoolStatus(
+                name=self.name,
+                tier=self.tier,
+                total_blocks=self.total_blocks,
+                **counts,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                registered_total=self._registered,
+                folded_total=self._folded,
+            )
 
     def registered(self) -> tuple[IdArray, HashArray, HashArray, int]:
         """Give ids, hashes and parents of all registered blocks, and the last event's sequence number."""

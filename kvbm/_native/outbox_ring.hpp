@@ -62,7 +62,7 @@ class OutboxRing {
     if (n > straight) std::memcpy(out + straight, &rows_[0], (n - straight) * sizeof(OutboxRow));
     first_ = (first_ + n) % capacity_;
     size_ -= n;
-    if (size_ == 0) has_gap_ = false;
+    if (size_ == 0) clear();  // an empty ring starts again at the front, which is still in the cache
   }
 
  private:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvbm._pure.containers import BlockRecord, FreeList, LruQueue
 from kvbm._plugged import PluggedPolicy
+from kvbm._pure.containers import BlockRecord, FreeList, LruQueue
 from kvbm.types import BlockState
 
 REGISTERED = (BlockState.ACTIVE, BlockState.INACTIVE)

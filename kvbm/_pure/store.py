@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvbm._plugged import PluggedPolicy
 from kvbm._pure.batches import names_of, to_hash_array, to_id_array
 from kvbm._pure.containers import ZERO, BlockRecord, FreeList, LruQueue, Outbox
 from kvbm._pure.invariants import check_queues, check_records, check_registry
 from kvbm._pure.lock import OwnedLock
-from kvbm._plugged import PluggedPolicy
 from kvbm.errors import (
     id_out_of_range,
     in_use,
