@@ -213,7 +213,9 @@ class _NamedBlocks(BlockGuard):
     __slots__ = ("_hashes",)
 
     def __init__(self, pool: GuardPool, ids: IdArray, hashes: HashArray) -> None:
-        super().__init__(pool, ids)
+        self._pool = pool
+        self._live = [ids]
+        self._gone = ""
         self._hashes = hashes
 
     @property

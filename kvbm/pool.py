@@ -190,8 +190,8 @@ class BlockPool:
         hashes : (num_blocks, 2) uint64, host
         """
         self._begin()
+        ids = self._store.match(hashes)
         names = hash_array(hashes)
-        ids = self._store.match(names)
         num_hits = len(ids)
         with self._lock:
             self._hits += num_hits
@@ -312,7 +312,8 @@ class BlockPool:
 
     def release_ids(self, ids: IdArray, *, is_registered: bool) -> None:
         """Drop one reference on each block."""
-        self._reap()
+        if self._dropped:
+            self._reap()
         self._give_back(ids, is_registered)
 
     def drop_ids(self, ids: IdArray, is_registered: bool) -> None:
@@ -333,7 +334,8 @@ class BlockPool:
     def _begin(self) -> None:
         if self._is_closed:
             raise PoolClosed(f"pool {self.name!r} is closed")
-        self._reap()
+        if self._dropped or self._hub.has_dropped:
+            self._reap()
 
     def _reap(self) -> None:
         """Give back what the garbage collector found."""
@@ -349,7 +351,8 @@ class BlockPool:
         if not is_registered and self._metadata:
             self._forget_metadata(ids)
         self._store.release(ids)
-        self._wake()
+        if self._waiters:
+            self._wake()
 
     def _wake(self) -> None:
         for waiter in self._waiters:

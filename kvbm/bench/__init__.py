@@ -1,0 +1,1 @@
+"""What ``kvbm bench`` runs; results and scripts that measure peers live in ``benchmarks/``."""

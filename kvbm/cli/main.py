@@ -1,0 +1,50 @@
+"""Entry point of the ``kvbm`` command: puts the commands together and turns our errors into one line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import kvbm
+from kvbm.cli.bench import bench
+from kvbm.cli.info import info
+from kvbm.cli.replay import replay
+from kvbm.errors import KvbmError
+
+app = typer.Typer(
+    help="KV-cache block manager for LLM serving.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+app.command()(replay)
+app.command()(info)
+app.command()(bench)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"kvbm {kvbm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """KV-cache block manager for LLM serving."""
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit status 2."""
+    try:
+        app()
+    except (KvbmError, ImportError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"kvbm: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
