@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from kvbm._backend import Backend, default_backend
 from kvbm.copyplan import CopyPlan, plan_copy
-from kvbm.errors import HashFormatError, PoolClosed, TransferError, length_mismatch
+from kvbm.errors import ConfigError, PoolClosed, TransferError, TransferTimeout, length_mismatch
 from kvbm.jobs import Transfer
 from kvbm.storage.base import Storage
 from kvbm.types import HashArray, IdArray, hash_array
@@ -68,11 +69,19 @@ class TransferEngine:
         queue_size: int = 64,
         backend: Backend | None = None,
     ) -> None:
+        if num_threads < 0 or num_workers < 1 or queue_size < 1:
+            raise ConfigError(
+                f"a transfer engine needs num_threads >= 0, num_workers >= 1 and queue_size >= 1, got {num_threads}, "
+                f"{num_workers} and {queue_size}"
+            )
         self._backend = backend or default_backend()
         self._num_threads = num_threads or min(4, os.cpu_count() or 1)
         self._small_nbytes = small_nbytes
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(queue_size)
-        self._lock = threading.Lock()  # start and close
+        self._queue_size = queue_size
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()  # guards what is waiting, the workers, and closing; never held while copying
+        self._has_work = threading.Condition(self._lock)
+        self._has_room = threading.Condition(self._lock)
         self._workers: list[threading.Thread] = []
         self._num_workers = num_workers
         self._is_closed = False
@@ -85,6 +94,7 @@ class TransferEngine:
         destination_ids: IdArray,
         *,
         hashes: HashArray | None = None,
+        deadline_s: float | None = None,
     ) -> Transfer[CopyResult]:
         """Copy blocks pairwise.
 
@@ -96,6 +106,8 @@ class TransferEngine:
         hashes : (num_blocks, 2) uint64, optional
             Sequence hashes. With them checksums are computed on the way, compared with those that the source keeps,
             and kept by the destination.
+        deadline_s : float, optional
+            Seconds from now after which the transfer ends for its waiter; a copy that has not begun by then is dropped.
 
         Returns
         -------
@@ -108,6 +120,10 @@ class TransferEngine:
             The storages hold different blocks, or an id is wrong. Nothing was copied.
         PoolClosed
             The engine is closed.
+
+        Notes
+        -----
+        Waits for room while the queue is full. A failure while bytes move is the transfer's `TransferError`.
         """
         if self._is_closed:
             raise PoolClosed("the transfer engine is closed")
@@ -115,18 +131,27 @@ class TransferEngine:
         names = None if hashes is None else hash_array(hashes)
         if names is not None and len(names) != plan.num_blocks:
             raise length_mismatch("hashes", len(names), plan.num_blocks)
-        if names is not None and plan.kind == "permute":
-            raise HashFormatError("a copy that reorders tokens and heads keeps no checksum yet: give no hashes")
-        transfer: Transfer[CopyResult] = Transfer()
+        transfer: Transfer[CopyResult] = Transfer(deadline_s=deadline_s)
+        # Ids are copied: the caller may reuse its arrays while the copy waits.
+        origin = source, np.array(source_ids, dtype=np.int32)
+        target = destination, np.array(destination_ids, dtype=np.int32)
+
+        # A storage may be closed while the copy waits; its memory must stay until the bytes have landed.
+        held = [getattr(storage, "buffers", None) for storage in (source, destination)]
 
         def run() -> None:
+            if transfer.done():  # cancelled or timed out while it waited: no byte has moved
+                transfer.set_landed()
+                return
             try:
-                transfer.set_result(self._execute(plan, (source, source_ids), (destination, destination_ids), names))
+                transfer.set_result(self._execute(plan, origin, target, names))
             except BaseException as error:
                 _log.error("copy failed num_blocks=%d error=%r", plan.num_blocks, error)
                 failure = TransferError(f"the copy of {plan.num_blocks} blocks failed: {error}")
                 failure.__cause__ = error
                 transfer.set_exception(failure)
+            finally:
+                held.clear()
 
         if plan.nbytes <= self._small_nbytes:
             run()
@@ -134,17 +159,32 @@ class TransferEngine:
             self._submit(run)
         return transfer
 
-    def close(self) -> None:
-        """Finish what was submitted and stop the workers; may be called twice."""
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what was submitted and stop the workers; may be called again.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait; None waits for as long as it takes.
+
+        Raises
+        ------
+        TransferTimeout
+            Copies still run; nothing new is taken, and closing again waits for them again.
+        """
+        give_up = None if timeout is None else time.monotonic() + timeout
         with self._lock:
-            if self._is_closed:
-                return
             self._is_closed = True
-            workers, self._workers = self._workers, []
-        for _ in workers:
-            self._queue.put(None)
+            # A callback of a transfer may close the engine from a worker, which cannot wait for itself.
+            workers = [worker for worker in self._workers if worker is not threading.current_thread()]
+            self._has_work.notify_all()
+            self._has_room.notify_all()
         for worker in workers:
-            worker.join()
+            worker.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        if num_running := sum(worker.is_alive() for worker in workers):
+            raise TransferTimeout(f"{num_running} workers still copy after {timeout} s")
+        with self._lock:
+            self._workers = []
 
     def __enter__(self) -> TransferEngine:
         return self
@@ -156,16 +196,24 @@ class TransferEngine:
 
     def _submit(self, run: Callable[[], None]) -> None:
         with self._lock:
+            self._has_room.wait_for(lambda: self._is_closed or len(self._waiting) < self._queue_size)
             if self._is_closed:
                 raise PoolClosed("the transfer engine is closed")
             if len(self._workers) < self._num_workers:
                 worker = threading.Thread(target=self._work, name="kvbm-transfer", daemon=True)
                 worker.start()
                 self._workers.append(worker)
-            self._queue.put(run)
+            self._waiting.append(run)
+            self._has_work.notify()
 
     def _work(self) -> None:
-        while (run := self._queue.get()) is not None:
+        while True:
+            with self._has_work:
+                self._has_work.wait_for(lambda: self._waiting or self._is_closed)
+                if not self._waiting:
+                    return
+                run = self._waiting.popleft()
+                self._has_room.notify()
             run()
 
     def _execute(
@@ -175,8 +223,7 @@ class TransferEngine:
         target: tuple[Storage, IdArray],
         names: HashArray | None,
     ) -> CopyResult:
-        source, from_ids = origin[0], np.asarray(origin[1])
-        destination, to_ids = target[0], np.asarray(target[1])
+        (source, from_ids), (destination, to_ids) = origin, target
         good = np.ones(plan.num_blocks, dtype=np.bool_)
         destination.has_checksum[to_ids] = False
         checksums = None
@@ -191,7 +238,19 @@ class TransferEngine:
                 num_threads=self._num_threads,
             )
         if checksums is not None:
+            # The pieces stand in the source's logical order, so these are the checksums that the source keeps.
             good = ~source.has_checksum[from_ids] | (source.checksums[from_ids] == checksums)
+            if plan.kind == "permute":
+                checksums = self._checksums_of(target, names)
             destination.checksums[to_ids[good]] = checksums[good]
             destination.has_checksum[to_ids[good]] = True
         return CopyResult(plan.num_blocks, plan.nbytes, good)
+
+    def _checksums_of(self, target: tuple[Storage, IdArray], names: HashArray | None) -> npt.NDArray[np.uint64]:
+        """Compute checksums in the storage's own order, after a copy that changed the order."""
+        assert names is not None
+        bound = target[0].bound
+        plan = plan_copy(bound, bound, target[1], target[1])
+        return self._backend.checksum_blocks(
+            plan.source_blocks, plan.source_pieces, plan.piece_nbytes, names, num_threads=self._num_threads
+        )

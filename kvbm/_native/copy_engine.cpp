@@ -33,9 +33,9 @@ std::uint8_t* writable(std::uint64_t address) { return reinterpret_cast<std::uin
 
 bool is_line_aligned(const void* at) { return reinterpret_cast<std::uintptr_t>(at) % kLineBytes == 0; }
 
-// Does pages in the order they come, kAhead pages late: each one's first lines are asked for when it enters, so that
-// the page tables of both sides have been walked when its turn comes. With random blocks those walks are what a plain
-// copy waits for.
+// Does pages in the order they come, kAhead pages late. What a plain copy of random blocks waits for, it has asked for
+// by then: the page tables of both sides are walked when a page enters, and the head of a new run of bytes, which the
+// processor's own prefetcher cannot foresee, is fetched kHeadAhead pages before its turn.
 class PageQueue {
  public:
   PageQueue(const CopyJob& job, const CopyKernel& kernel, bool streams)
@@ -43,11 +43,17 @@ class PageQueue {
 
   // Take one whole page that is contiguous on both sides; `destination` is null when there is nothing to copy.
   void push(std::size_t block, std::uint64_t chunk, const std::uint8_t* source, std::uint8_t* destination) {
-    __builtin_prefetch(source, 0);
-    if (streams_) __builtin_prefetch(destination, 0);
-    Page& slot = pages_[pushed_++ % kAhead];
-    if (pushed_ > kAhead) move(slot);
-    slot = {block, chunk, source, destination};
+    __builtin_prefetch(source, 0, 2);  // 2: into the second-level cache
+    if (streams_) __builtin_prefetch(destination, 0, 2);
+    const std::size_t turn = pushed_++;
+    Page& slot = pages_[turn % kAhead];
+    if (turn >= kAhead) move(slot);
+    slot = {block, chunk, source, destination, source != run_end_};
+    run_end_ = source + kChunkBytes;
+    if (turn + kHeadAhead < kAhead) return;
+    const Page& soon = pages_[(turn + kHeadAhead) % kAhead];
+    if (!soon.starts_run) return;
+    for (std::size_t line = 1; line < kHeadLines; ++line) __builtin_prefetch(soon.source + line * kLineBytes, 0, 2);
   }
 
   // Add the digest of a chunk to its block's checksum.
@@ -69,12 +75,15 @@ class PageQueue {
 
  private:
   static constexpr std::size_t kAhead = 16;
+  static constexpr std::size_t kHeadAhead = 4;
+  static constexpr std::size_t kHeadLines = 16;
 
   struct Page {
     std::size_t block;
     std::uint64_t chunk;
     const std::uint8_t* source;
     std::uint8_t* destination;
+    bool starts_run;
   };
 
   void move(const Page& page) {
@@ -98,6 +107,7 @@ class PageQueue {
   const bool streams_;
   Page pages_[kAhead];
   std::size_t pushed_ = 0;
+  const std::uint8_t* run_end_ = nullptr;  // where the last page's source ends
   std::size_t block_ = 0;  // whose chunks `sum_` holds
   std::uint64_t sum_ = 0;
 };

@@ -203,12 +203,14 @@ def _fold_product(a: Words, b: Words) -> Words:
     middle = a_high * b_low + (low >> half)
     cross = a_low * b_high + (middle & _LOW_HALF)
     high = a_high * b_high + (middle >> half) + (cross >> half)
-    return high ^ (a * b)
+    folded: Words = high ^ (a * b)
+    return folded
 
 
 def _avalanche(value: Words) -> Words:
-    value = (value ^ (value >> np.uint64(37))) * _PRIME_MX
-    return value ^ (value >> np.uint64(32))
+    mixed: Words = (value ^ (value >> np.uint64(37))) * _PRIME_MX
+    mixed ^= mixed >> np.uint64(32)
+    return mixed
 
 
 def _checksum(data: Bytes, key: Words) -> np.uint64:
@@ -219,7 +221,8 @@ def _checksum(data: Bytes, key: Words) -> np.uint64:
     mixed = _avalanche(xxh3_chunks(chunks) + np.arange(num_chunks, dtype=np.uint64) * _PRIME64_1)
     total = mixed.sum(dtype=np.uint64, keepdims=True) + np.uint64(len(data))
     name = _avalanche(key[:1] + key[1:] * _PRIME64_1)
-    return np.uint64(_avalanche(_avalanche(total) ^ name)[0])
+    result: np.uint64 = _avalanche(_avalanche(total) ^ name)[0]
+    return result
 
 
 def _gather(block: np.uint64, pieces: Words, piece_nbytes: int) -> Bytes:

@@ -7,21 +7,18 @@ block is first used. The native twin keeps the same contract; a test compares ev
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm._plugged import PluggedPolicy
-from kvbm._pure.batches import names_of, to_hash_array, to_id_array
+from kvbm._pure.batches import ids_in, names_of, to_hash_array, to_id_array
 from kvbm._pure.containers import ZERO, BlockRecord, FreeList, LruQueue, Outbox
 from kvbm._pure.invariants import check_queues, check_records, check_registry
 from kvbm._pure.lock import OwnedLock
 from kvbm.errors import (
-    id_out_of_range,
     in_use,
-    length_mismatch,
     negative_count,
     stale_restore,
     wrong_num_blocks,
@@ -35,7 +32,6 @@ from kvbm.types import (
     HashArray,
     IdArray,
     OutboxKind,
-    id_array,
 )
 
 FREE, MUTABLE, COMPLETE = BlockState.FREE, BlockState.MUTABLE, BlockState.COMPLETE
@@ -89,7 +85,7 @@ class Store:
     def stage(self, ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
         """Name filled blocks: MUTABLE -> COMPLETE."""
         names, above = names_of(hashes), names_of(parents)
-        block_ids = self._ids(ids, hashes=names, parents=above)
+        block_ids = ids_in(self.num_blocks, ids, hashes=names, parents=above)
         with self._lock:
             self._need(block_ids, MUTABLE, COMPLETE, "complete")
             for block_id, name, parent in zip(block_ids, names, above, strict=True):
@@ -99,7 +95,7 @@ class Store:
 
     def register(self, ids: IdArray) -> tuple[IdArray, npt.NDArray[np.bool_]]:
         """Publish complete blocks; one whose hash is registered already folds onto the primary."""
-        block_ids = self._ids(ids)
+        block_ids = ids_in(self.num_blocks, ids)
         with self._lock:
             self._need(block_ids, COMPLETE, ACTIVE, "register")
             primaries, folded = [], []
@@ -121,7 +117,7 @@ class Store:
 
     def release(self, ids: IdArray) -> int:
         """Drop one reference for each entry, last entry first; return how many became free or inactive."""
-        block_ids = self._ids(ids)
+        block_ids = ids_in(self.num_blocks, ids)
         with self._lock:
             self._need_references(block_ids)
             freed, inserted = [], []
@@ -166,7 +162,7 @@ class Store:
     def acquire(self, ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
         """Take one reference where the id still holds that hash; return where."""
         names = names_of(hashes)
-        block_ids = self._ids(ids, hashes=names)
+        block_ids = ids_in(self.num_blocks, ids, hashes=names)
         with self._lock:
             revived: list[int] = []
             mask = []
@@ -224,7 +220,7 @@ class Store:
 
     def discard(self, ids: IdArray) -> None:
         """Unpublish blocks at once; they are FREE when nobody holds them."""
-        block_ids = self._ids(ids)
+        block_ids = ids_in(self.num_blocks, ids)
         with self._lock:
             seen: set[int] = set()
             for block_id in block_ids:
@@ -249,7 +245,7 @@ class Store:
         """Put blocks back as inactive at exactly these ids, oldest first."""
         names, above = names_of(hashes), names_of(parents)
         levels = [int(priority) for priority in priorities]
-        block_ids = self._ids(ids, hashes=names, parents=above, priorities=levels)
+        block_ids = ids_in(self.num_blocks, ids, hashes=names, parents=above, priorities=levels)
         with self._lock:
             seen_ids: set[int] = set()
             seen_names: set[bytes] = set()
@@ -292,7 +288,7 @@ class Store:
 
     def states(self, ids: IdArray) -> npt.NDArray[np.uint8]:
         """Give the `BlockState` of each id."""
-        block_ids = self._ids(ids)
+        block_ids = ids_in(self.num_blocks, ids)
         with self._lock:
             states = [self._records[i].state if i in self._records else FREE for i in block_ids]
             return np.array(states, dtype=np.uint8)
@@ -338,17 +334,6 @@ class Store:
             priority_of=lambda block_id: records[block_id].priority,
             is_inactive=lambda block_id: block_id in records and records[block_id].state is INACTIVE,
         )
-
-    def _ids(self, ids: IdArray, **batches: Sequence[object]) -> list[int]:
-        """Check form, then lengths of the batches that go with it, then range."""
-        block_ids: list[int] = id_array(ids).tolist()
-        for name, batch in batches.items():
-            if len(batch) != len(block_ids):
-                raise length_mismatch(name, len(batch), len(block_ids))
-        for block_id in block_ids:
-            if not 0 <= block_id < self.num_blocks:
-                raise id_out_of_range(block_id, self.num_blocks)
-        return block_ids
 
     def _label(self, block_id: int) -> str:
         record = self._records.get(block_id)
