@@ -4,7 +4,7 @@ Blocks of tokens' keys and values, named by sequence hash, allocated, found agai
 Importing it loads no CUDA, torch or network library; ``KVBM_BACKEND`` picks the native or the pure twin on first use.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from kvbm import errors
 from kvbm.blocks import Block, CompleteBlocks, ImmutableBlocks, MutableBlocks, WeakBlocks
@@ -16,10 +16,18 @@ from kvbm.pool import BlockPool, PoolStatus, ResetBlocksResponse
 from kvbm.sequence import ContentSpan, TokenSequence
 from kvbm.types import BlockState, SequenceHash, Tier
 
-try:
-    __version__ = version("kvbm-native")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+source"
+
+def __getattr__(name: str) -> Any:
+    """Look up the version when it is asked for: importlib.metadata is slow to import."""
+    if name != "__version__":
+        raise AttributeError(f"module 'kvbm' has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("kvbm-native")
+    except PackageNotFoundError:
+        return "0+source"  # run from a source tree
+
 
 __all__ = [
     "Block",
@@ -42,6 +50,5 @@ __all__ = [
     "TokenSequence",
     "Transfer",
     "WeakBlocks",
-    "__version__",
     "errors",
 ]

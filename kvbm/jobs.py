@@ -7,7 +7,6 @@ callback runs.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import logging
 import threading
@@ -129,6 +128,8 @@ class Transfer(Generic[ResultT]):
         self._call(callback)
 
     def __await__(self) -> Generator[Any, None, ResultT]:
+        import asyncio  # here, because it would be a third of the time that importing kvbm takes
+
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
 

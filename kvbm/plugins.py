@@ -5,10 +5,12 @@ Our own names stand in a table here; other packages add theirs by entry points o
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvbm.errors import PluginError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _OWN = {
     "eviction": {"lru": "kvbm.eviction.lru:LruPolicy", "fifo": "kvbm.eviction.fifo:FifoPolicy"},
@@ -40,6 +42,8 @@ def load_plugin(kind: str, name: str) -> Any:
 
 
 def _points(kind: str) -> list[EntryPoint]:
+    from importlib.metadata import EntryPoint, entry_points  # slow to import, seldom needed
+
     group = f"kvbm.{kind}"
     own = [EntryPoint(name, value, group) for name, value in _OWN.get(kind, {}).items()]
     return own + list(entry_points(group=group))

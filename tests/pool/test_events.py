@@ -7,11 +7,11 @@ import threading
 
 import numpy as np
 import pytest
+from pool_life import MakePool, hashes_of, keep
 
 from kvbm.errors import ConfigError, PoolClosed
 from kvbm.events import KvEventType
 from kvbm.types import OutboxKind, Tier
-from tests.pool.conftest import MakePool, hashes_of, keep
 
 
 def test_events_tell_what_happened_in_order(make_pool: MakePool) -> None:

@@ -7,12 +7,12 @@ import random
 
 import numpy as np
 import pytest
+from pool_life import MakePool, hashes_of, keep
 
 from kvbm.blocks import BlockGuard
 from kvbm.errors import BlockIdError, BlockStateError, ConfigError, HashFormatError
 from kvbm.eviction import FifoPolicy
 from kvbm.types import SequenceHash
-from tests.pool.conftest import MakePool, hashes_of, keep
 
 
 def test_consumed_guard_raises_naming_both_states(make_pool: MakePool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pool_life import MakePool, hashes_of, keep, present
 
 from kvbm._backend import Backend
 from kvbm.errors import PluginError
@@ -14,7 +15,6 @@ from kvbm.eviction import EvictionPolicy, FifoPolicy, LruPolicy
 from kvbm.plugins import load_plugin, plugin_names
 from kvbm.pool import BlockPool
 from kvbm.testing.eviction_policies import EvictionPolicyTests
-from tests.pool.conftest import MakePool, hashes_of, keep, present
 
 
 class _OnBackend(EvictionPolicyTests):

@@ -6,10 +6,10 @@ import pickle
 
 import numpy as np
 import pytest
+from pool_life import MakePool, hashes_of, keep, present
 
 from kvbm.errors import BlockStateError, ConfigError, KvbmError, NotEnoughBlocksAvailable, PoolClosed
 from kvbm.pool import BlockPool
-from tests.pool.conftest import MakePool, hashes_of, keep, present
 
 
 def test_new_pool_is_all_free_and_allocation_counts_at_once(make_pool: MakePool) -> None:

@@ -8,10 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from pool_life import MakePool, hashes_of
 
 from kvbm._backend import Backend
 from kvbm.errors import NotEnoughBlocksAvailable
-from tests.pool.conftest import MakePool, hashes_of
 
 
 def _run(threads: list[threading.Thread]) -> None:

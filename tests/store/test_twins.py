@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from kvbm._backend import load_backend
 from kvbm.eviction import FifoPolicy, LruPolicy
 from kvbm.types import HashArray
-from tests.conftest import BACKENDS
 
-pytestmark = pytest.mark.skipif("native" not in BACKENDS, reason="the pure package has one twin only")
+BACKENDS = ("pure", "native")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("kvbm._native.store") is None, reason="the pure package has one twin only"
+)
 
 NUM_BLOCKS = 12
 OPERATIONS = (

@@ -1,0 +1,140 @@
+"""The project's commands: ``nox -s demo`` and ``nox -s tests`` are the two that a newcomer needs.
+
+Every session installs a wheel, never the source tree, so that what is tested is what users get. One run of nox builds
+each wheel once and shares it between its sessions.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "benchmarks" / "results"
+OTHER_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+NATIVE_MODULES = ("store", "hashing", "copies")
+TORCH = "torch==2.13.0"
+TEST_TIMEOUT_S = "120"
+IS_NATIVE = os.environ.get("KVBM_NATIVE", "ON").upper() not in {"OFF", "0", "FALSE", "NO"}  # without a compiler: OFF
+
+_wheels: dict[tuple[str, bool], Path] = {}  # (python version, is native) -> wheel built by this run
+
+
+def _wheel(session: nox.Session, *, is_native: bool) -> Path:
+    """Build the wheel for the session's Python, or give the one that this run has built."""
+    version = session.run("python", "-c", "import sys; print(sys.version)", silent=True)
+    key = (str(version), is_native)
+    if key not in _wheels:
+        folder = ROOT / "build" / "wheels" / f"{len(_wheels)}-{'native' if is_native else 'pure'}"
+        shutil.rmtree(folder, ignore_errors=True)
+        env = {"KVBM_NATIVE": "ON" if is_native else "OFF"}
+        session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT), env=env)
+        (_wheels[key],) = folder.glob("*.whl")
+    return _wheels[key]
+
+
+def _install(session: nox.Session, *extras: str, is_native: bool = IS_NATIVE) -> None:
+    wheel = _wheel(session, is_native=is_native)
+    session.install(f"kvbm-native[{','.join(extras)}] @ {wheel.as_uri()}" if extras else str(wheel))
+    session.install("--force-reinstall", "--no-deps", str(wheel))  # a reused environment may hold an older build
+
+
+def _pytest(
+    session: nox.Session, *arguments: str, is_native: bool = IS_NATIVE, success_codes: tuple[int, ...] = (0,)
+) -> None:
+    """Run pytest so that neither it nor the processes it starts find the source tree before the wheel."""
+    env = {"PYTEST_TIMEOUT": TEST_TIMEOUT_S, "KVBM_TEST_WHEEL": "native" if is_native else "pure"}
+    env["PYTHONSAFEPATH"] = "1"
+    session.run("pytest", *arguments, *session.posargs, env=env, success_codes=success_codes)
+
+
+@nox.session
+@nox.parametrize("is_native", [nox.param(True, id="native"), nox.param(False, id="pure")])
+def tests(session: nox.Session, is_native: bool) -> None:
+    """Run the tests on the native wheel, which holds both twins, and on the pure one."""
+    _install(session, "test", is_native=is_native)
+    _pytest(session, is_native=is_native)
+
+
+def _tests_on(session: nox.Session) -> None:
+    """Run the tests on one Python version, whichever nox itself runs on."""
+    _install(session, "test")
+    _pytest(session)
+
+
+for _version in OTHER_PYTHONS:
+    nox.session(_tests_on, python=_version, name=f"tests-{_version}")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and the floors that modules stand on."""
+    session.install("ruff>=0.9", "import-linter>=2.1")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package, and that the stubs tell the truth about the extension modules."""
+    _install(session, "test", "types")
+    session.run("mypy")
+    session.chdir(session.create_tmp())  # away from the source tree: the extension modules are in the wheel
+    modules = [f"kvbm._native.{name}" for name in NATIVE_MODULES]
+    allowlist = ROOT / "tests" / "house" / "stubtest_allowlist.txt"
+    arguments = ["--allowlist", str(allowlist), "--ignore-unused-allowlist", "--ignore-disjoint-bases"]
+    session.run("stubtest", *modules, *arguments, "--mypy-config-file", str(ROOT / "pyproject.toml"))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Build, install, and replay built-in conversations through a real block pool with verified bytes."""
+    _install(session)
+    report = ROOT / "build" / "demo.json"
+    session.run("kvbm", "info")
+    session.run("kvbm", "replay", "--json", str(report), *session.posargs)
+    session.log(f"the report is in {report.relative_to(ROOT)}")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the parts, write benchmarks/results/*.json and the table in the README."""
+    _install(session)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for part in ("store", "hash", "copy"):
+        session.run("kvbm", "bench", part, "--json", str(RESULTS / f"{part}.json"), *session.posargs)
+    session.run("python", "benchmarks/readme_table.py", "--write")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; warnings are errors."""
+    _install(session, "docs", "test")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-E", "-b", "html", "docs", "docs/_build/html")
+    session.log("open docs/_build/html/index.html")
+
+
+@nox.session
+def interop(session: nox.Session) -> None:
+    """Exchange memory with torch."""
+    _install(session, "test")
+    session.install(TORCH)
+    _pytest(session, "tests/bytes/test_torch.py")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    _install(session, "test")
+    _pytest(session, "-m", "gpu", success_codes=(0, 5))  # 5: there are none yet
+
+
+if os.environ.get("CI"):
+    nox.options.error_on_missing_interpreters = True
