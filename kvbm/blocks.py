@@ -134,9 +134,8 @@ class BlockGuard(Sequence["Block"]):
         self.release()
 
     def __del__(self) -> None:
-        live = getattr(self, "_live", None)
-        if live:
-            self._pool.drop_ids(live.pop(), not self.is_writable)
+        if self._live:
+            self._pool.drop_ids(self._live.pop(), not self.is_writable)
 
     def __repr__(self) -> str:
         what = f"{len(self)} blocks" if self._live else self._gone

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,16 +182,17 @@ class BlockPool:
             self._wake()
         return ImmutableBlocks(self, primaries, blocks._hashes)
 
-    def match_sequence_hashes(self, hashes: HashArray) -> ImmutableBlocks:
+    def match_sequence_hashes(self, hashes: HashArray | Sequence[bytes]) -> ImmutableBlocks:
         """Find the longest registered prefix of a sequence and hold it; an empty guard is a miss.
 
         Parameters
         ----------
         hashes : (num_blocks, 2) uint64, host
+            Or a sequence of 16-byte strings.
         """
         self._begin()
-        ids = self._store.match(hashes)
-        names = hash_array(hashes)
+        names = hashes if isinstance(hashes, np.ndarray) else hash_array(hashes)
+        ids = self._store.match(names)  # which refuses an array of another form
         num_hits = len(ids)
         with self._lock:
             self._hits += num_hits
@@ -334,7 +335,7 @@ class BlockPool:
     def _begin(self) -> None:
         if self._is_closed:
             raise PoolClosed(f"pool {self.name!r} is closed")
-        if self._dropped or self._hub.has_dropped:
+        if self._dropped or self._hub.dropped:
             self._reap()
 
     def _reap(self) -> None:

@@ -79,7 +79,7 @@ class EventHub:
         self._store = store
         self._lock = threading.Lock()
         self._subscriptions: list[weakref.ref[EventSubscription]] = []
-        self._dropped: deque[None] = deque()  # one entry for each subscription that was garbage collected
+        self.dropped: deque[None] = deque()  # one entry for each subscription that was garbage collected
 
     def subscribe(self, kinds: Iterable[KvEventType | str] | None = None) -> EventSubscription:
         """Read every row from now on; `kinds` limits them (gaps always come)."""
@@ -91,23 +91,18 @@ class EventHub:
             self._subscriptions.append(weakref.ref(subscription))
         return subscription
 
-    @property
-    def has_dropped(self) -> bool:
-        """Whether `reap` has something to do."""
-        return bool(self._dropped)
-
     def reap(self) -> None:
         """Account for subscriptions that were dropped without being closed."""
-        while self._dropped:
+        while self.dropped:
             try:
-                self._dropped.pop()
+                self.dropped.pop()
             except IndexError:
                 return
             self._store.unsubscribe()
 
     def drop(self) -> None:
         """Note that a subscription was collected; takes no lock, so a finaliser may call it."""
-        self._dropped.append(None)
+        self.dropped.append(None)
 
     def close(self, subscription: EventSubscription) -> None:
         """Forget a subscription."""

@@ -54,6 +54,14 @@ def test_dropped_guards_give_their_blocks_back(make_pool: MakePool) -> None:
     pool.check()
 
 
+def test_thousands_of_dropped_guards_come_back_at_once(make_pool: MakePool) -> None:
+    pool = make_pool(5000)
+    guards = [pool.allocate_blocks(1) for _ in range(5000)]
+    guards.clear()
+    guards.append(pool.allocate_blocks(5000))
+    assert pool.status().mutable == 5000
+
+
 def test_dropping_in_any_order_conserves_blocks(make_pool: MakePool) -> None:
     rng = random.Random(0)
     for _ in range(50):
