@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -164,7 +165,7 @@ def test_copies_from_several_threads_do_not_mix(backend: Backend) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_copies_with_threads_work_in_a_forked_child(backend: Backend) -> None:
+def test_copies_with_threads_work_in_a_forked_child(backend: Backend, tmp_path: Path) -> None:
     script = (
         "import os, sys, numpy as np\n"
         "from kvbm._backend import load_backend\n"
@@ -182,10 +183,10 @@ def test_copies_with_threads_work_in_a_forked_child(backend: Backend) -> None:
         "status = os.waitpid(child, 0)[1]\n"
         "sys.exit(first or copy() or status)\n"
     )
-    subprocess.run([sys.executable, "-c", script, backend.name], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, backend.name], check=True, timeout=60, cwd=tmp_path)
 
 
-def test_every_kernel_gives_the_same_bytes_and_checksums(backend: Backend) -> None:
+def test_every_kernel_gives_the_same_bytes_and_checksums(backend: Backend, tmp_path: Path) -> None:
     script = (
         "import sys, numpy as np\n"
         "from kvbm._backend import load_backend\n"
@@ -205,7 +206,13 @@ def test_every_kernel_gives_the_same_bytes_and_checksums(backend: Backend) -> No
         command = [sys.executable, "-c", script, backend.name]
         lines.append(
             subprocess.run(
-                command, check=True, timeout=60, capture_output=True, text=True, env={**os.environ, "KVBM_CPU": cpu}
+                command,
+                check=True,
+                timeout=60,
+                capture_output=True,
+                text=True,
+                env={**os.environ, "KVBM_CPU": cpu},
+                cwd=tmp_path,
             ).stdout.split()
         )
     assert len({checksum for checksum, _ in lines}) == 1

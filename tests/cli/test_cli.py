@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def run(*arguments: str, status: int = 0, **environment: str) -> subprocess.Comp
         env={**os.environ, "COLUMNS": "200", **environment},
         check=False,
         timeout=100,
+        cwd=tempfile.gettempdir(),  # not the source tree, which Python 3.10 would import from
     )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -113,6 +115,7 @@ def test_ctrl_c_prints_what_there_is_and_leaves(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "200", "KVBM_BACKEND": "pure", "FORCE_COLOR": "1"},
+        cwd=tmp_path,
     )
     assert child.stderr is not None
     assert "replaying" in child.stderr.readline() + child.stderr.read(20)
