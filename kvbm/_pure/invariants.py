@@ -12,7 +12,7 @@ REGISTERED = (BlockState.ACTIVE, BlockState.INACTIVE)
 HELD = (BlockState.MUTABLE, BlockState.COMPLETE, BlockState.ACTIVE)
 
 
-def check_records(num_blocks: int, num_in_state: Counter[BlockState], records: dict[int, BlockRecord]) -> None:
+def check_records(num_blocks: int, num_in_state: list[int], records: dict[int, BlockRecord]) -> None:
     """Verify that the counts add up and that exactly the held blocks have references."""
     states = Counter(record.state for record in records.values())
     states[BlockState.FREE] += num_blocks - len(records)

@@ -6,7 +6,6 @@ block is first used. The native twin keeps the same contract; a test compares ev
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Store:
         self._registry: dict[bytes, int] = {}  # sequence hash -> its one primary
         self._free = FreeList(num_blocks)
         self._inactive = LruQueue() if policy is None else self._plug(policy)
-        self._num_in_state: Counter[BlockState] = Counter({FREE: num_blocks})
+        self._num_in_state = [num_blocks, 0, 0, 0, 0]  # by BlockState
         self._outbox = Outbox(outbox_capacity)
 
     # -- life of a block ---------------------------------------------------------------------------------------
@@ -351,18 +350,21 @@ class Store:
             seen.add(block_id)
 
     def _need_references(self, block_ids: list[int]) -> None:
-        dropped: Counter[int] = Counter()
+        dropped: dict[int, int] = {}
         for block_id in block_ids:
-            label = self._label(block_id)
-            held = self._records[block_id].references if block_id in self._records else 0
-            if dropped[block_id] >= held:
-                if dropped[block_id]:
+            record = self._records.get(block_id)
+            already = dropped.get(block_id, 0)
+            if record is None or already >= record.references:
+                label = self._label(block_id)
+                if already:
                     label = "inactive" if label == "active" else "free"
                 raise wrong_state(block_id, label, "mutable, complete or active", "release")
-            dropped[block_id] += 1
+            dropped[block_id] = already + 1
 
     def _move(self, block_id: int, state: BlockState, *, references: int) -> None:
-        record = self._records.setdefault(block_id, BlockRecord())
+        record = self._records.get(block_id)
+        if record is None:
+            record = self._records[block_id] = BlockRecord()
         self._num_in_state[record.state] -= 1
         self._num_in_state[state] += 1
         record.state, record.references = state, references

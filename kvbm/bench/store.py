@@ -28,7 +28,7 @@ def run(*, num_blocks: int = 1_000_000, num_calls: int = 3000, backend: Backend 
     num_blocks : int
         Size of the pools.
     num_calls : int
-        Batches measured; the pure twin gets a tenth.
+        Batches measured; the pure twin gets a tenth of both, which favours it.
     backend : Backend, optional
         The twin to measure; None measures the one in use.
 
