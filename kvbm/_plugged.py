@@ -1,7 +1,9 @@
 """Adapter between a store, of either twin, and an eviction policy written by somebody else.
 
-Checks every answer of ``pop`` before the store believes it and wraps the policy's exceptions in ``PluginError``. Called
-under the store's lock.
+Checks every answer of ``pop`` before the store believes it. An exception in ``pop`` is raised at once, as
+`PluginError`, because nothing has changed yet. One in a notification is kept and raised by the next allocation that must evict: the
+call that it came from has taken or given back references, and its caller must get its answer. Called under the store's
+lock.
 """
 
 from __future__ import annotations
@@ -44,31 +46,35 @@ class PluggedPolicy:
         self._priority_of = priority_of
         self._is_inactive = is_inactive
         self._name = type(policy).__name__
+        self._failure: PluginError | None = None  # of the first notification that failed
 
     def inserted(self, ids: Sequence[int], priorities: Sequence[int]) -> None:
         """Tell the policy of blocks that became inactive, oldest first."""
         if ids:
-            self._call("inserted", _ids(ids), self._hashes_of(ids), np.array(priorities, dtype=np.uint8))
+            self._tell("inserted", _ids(ids), self._hashes_of(ids), np.array(priorities, dtype=np.uint8))
 
     def removed(self, ids: Sequence[int]) -> None:
         """Tell the policy of blocks that are inactive no more, other than by its own choice."""
         if ids:
-            self._call("removed", _ids(ids))
+            self._tell("removed", _ids(ids))
 
     def touched(self, ids: Sequence[int]) -> None:
         """Tell the policy of blocks that were used again, oldest first."""
         if ids:
-            self._call("touched", _ids(ids))
+            self._tell("touched", _ids(ids))
 
     def prioritised(self, ids: Sequence[int], priorities: Sequence[int]) -> None:
         """Tell the policy of new priorities."""
         if ids:
-            self._call("prioritised", _ids(ids), np.array(priorities, dtype=np.uint8))
+            self._tell("prioritised", _ids(ids), np.array(priorities, dtype=np.uint8))
 
     def pop(self, n: int) -> list[int]:
         """Ask the policy for n victims and check them; a bad answer is put back and raises `PluginError`."""
         if n == 0:
             return []
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         answer = list(self._call("pop", n, frozenset[int]()))
         victims: list[int] = []
         reason = None
@@ -94,6 +100,12 @@ class PluggedPolicy:
         if not self._is_inactive(int(value)):
             return f"returned block {value}, which is not inactive"
         return None
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        try:
+            self._call(name, *arguments)
+        except PluginError as error:
+            self._failure = self._failure or error
 
     def _call(self, name: str, *arguments: Any) -> Any:
         method: Callable[..., Any] = getattr(self._policy, name)

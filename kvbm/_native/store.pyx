@@ -59,7 +59,7 @@ cdef class Store:
     cdef object _plugged
     cdef readonly int num_blocks
 
-    def __init__(self, num_blocks, *, policy=None, outbox_capacity=65536):
+    def __cinit__(self, num_blocks, *, policy=None, outbox_capacity=65536):
         if not 1 <= num_blocks <= 2**31 - 2:
             raise wrong_num_blocks(num_blocks)
         self.num_blocks = num_blocks

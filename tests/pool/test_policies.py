@@ -114,6 +114,36 @@ def test_policy_that_raises_is_named_and_changes_nothing(make_pool: MakePool) ->
     assert present(pool, [1, 2]) == [True, True]
 
 
+@pytest.mark.parametrize("name", ["inserted", "removed", "touched", "prioritised"])
+def test_policy_that_fails_when_told_leaks_nothing_and_is_named_at_the_next_eviction(
+    make_pool: MakePool, name: str
+) -> None:
+    class FailingPolicy(FifoPolicy):
+        is_failing = False
+
+    def fail_after(self: FailingPolicy, *arguments: Any) -> None:
+        getattr(FifoPolicy, name)(self, *arguments)
+        if self.is_failing:
+            raise ValueError(name)
+
+    setattr(FailingPolicy, name, fail_after)
+    policy = FailingPolicy()
+    pool = make_pool(3, policy=policy)
+    keep(pool, [1, 2, 3])
+    policy.is_failing = True
+    with pool.match_sequence_hashes(hashes_of([1])) as hit:
+        assert len(hit) == 1, "whoever took references gets them"
+    pool.touch_blocks(hashes_of([2]))
+    pool.set_priority(hashes_of([2]), 60)
+    policy.is_failing = False
+    with pytest.raises(PluginError, match=f"eviction policy FailingPolicy failed in {name}: ValueError"):
+        pool.allocate_blocks(2)
+    pool.check()
+    assert pool.status().inactive == 3
+    with pool.allocate_blocks(3):
+        assert pool.status().mutable == 3, "it is said once"
+
+
 def test_policy_that_calls_back_is_refused_and_nothing_hangs(make_pool: MakePool) -> None:
     class CallingPolicy(FifoPolicy):
         pool: BlockPool
