@@ -1,9 +1,9 @@
 """Adapter between a store, of either twin, and an eviction policy written by somebody else.
 
 Checks every answer of ``pop`` before the store believes it. An exception in ``pop`` is raised at once, as
-`PluginError`, because nothing has changed yet. One in a notification is kept and raised by the next allocation that must evict: the
-call that it came from has taken or given back references, and its caller must get its answer. Called under the store's
-lock.
+`PluginError`, because nothing has changed yet. One in a notification is kept and raised by the next allocation that
+must evict: the call that it came from has taken or given back references, and its caller must get its answer. Called
+under the store's lock.
 """
 
 from __future__ import annotations
