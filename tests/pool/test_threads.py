@@ -11,6 +11,7 @@ import pytest
 from pool_life import MakePool, hashes_of
 
 from kvbm._backend import Backend
+from kvbm.bench import store as store_bench
 from kvbm.errors import NotEnoughBlocksAvailable
 
 
@@ -29,7 +30,7 @@ def test_eight_threads_neither_lose_nor_double_blocks(make_pool: MakePool) -> No
     def live(seed: int) -> None:
         rng = random.Random(seed)
         try:
-            for _ in range(400):
+            for _ in range(4000):
                 names = sorted({rng.randrange(60) for _ in range(rng.randrange(1, 5))})
                 hit = pool.match_sequence_hashes(hashes_of(names))
                 fresh = pool.try_allocate_blocks(len(names) - len(hit))
@@ -54,7 +55,7 @@ def test_eight_threads_neither_lose_nor_double_blocks(make_pool: MakePool) -> No
 
 def test_lookup_against_last_release(make_pool: MakePool) -> None:
     pool = make_pool(2)
-    rounds = 2_000
+    rounds = 10_000
     for _ in range(rounds // 1_000):
         held = [pool.register_blocks(pool.allocate_blocks(1).complete(hashes_of([1])))]
         done = threading.Event()
@@ -122,7 +123,12 @@ def test_waiting_ends_at_its_timeout_and_never_starts_beyond_the_pool(make_pool:
     assert pool._waiters == ()
 
 
-def test_native_cost_and_memory_hardly_grow_with_the_pool(backend: Backend) -> None:
+def test_native_memory_stays_within_its_bound(backend: Backend) -> None:
+    for row in store_bench._memory(backend, 2_000_000):
+        assert row["median"] < {"memory_10m": 100, "create_10m": 2}[row["name"]]
+
+
+def test_native_cost_hardly_grows_with_the_pool(backend: Backend) -> None:
     if backend.name == "pure":
         store = backend.store(10_000_000)
         assert not store._records, "the pure twin creates lazily"  # type: ignore[attr-defined]
