@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from kvbm.bench.machine import describe_machine
+from kvbm.bench.report import bench_table
+from kvbm.cli import check_json_file, write_json_file
 from kvbm.errors import ConfigError
 
 _BENCHES = {
@@ -28,30 +28,10 @@ def bench(
     """Measure the store, the hashing of tokens, or copies between blocks."""
     if what not in _BENCHES:
         raise ConfigError(f"there is no bench {what!r}, use {', '.join(_BENCHES)}")
+    check_json_file(json_file)
     with Console(stderr=True).status(f"measuring {what}"):
         rows = importlib.import_module(f"kvbm.bench.{what}").run()
     machine = describe_machine()
     title = f"{what}: {machine['processor']}, {machine['backend']} twin"
-    table = Table(title=title, caption=_BENCHES[what])
-    for column in ("name", "unit", "median", "p10 .. p90", "reference", "ratio"):
-        table.add_column(column, justify="left" if column in ("name", "unit") else "right")
-    for row in rows:
-        low, high = row["spread"]
-        table.add_row(
-            row["name"],
-            row["unit"],
-            _number(row["median"]),
-            f"{_number(low)} .. {_number(high)}",
-            _number(row["reference"]),
-            _number(row["ratio"]),
-        )
-    Console().print(table)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--json {json_file} cannot be written: {error.strerror or error}") from error
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    Console().print(bench_table(title, _BENCHES[what], rows))
+    write_json_file(json_file, {"machine": machine, "rows": rows})

@@ -8,13 +8,19 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvbm.bench.machine import describe_machine
 from kvbm.plugins import PLUGIN_KINDS, plugin_names
 
-# Optional parts: module, and what it is for.
-_OPTIONAL = {"torch": "DLPack exchange of blocks", "xxhash": "tests of the checksum", "hypothesis": "kvbm.testing"}
+# Optional parts: module, what it is for, and the extra of kvbm-native that installs it ("" where none does).
+_OPTIONAL = (
+    ("torch", "DLPack exchange of blocks", ""),
+    ("xxhash", "tests of the checksum", "test"),
+    ("hypothesis", "kvbm.testing", "test"),
+    ("sphinx", "building the documentation", "docs"),
+)
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -27,7 +33,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     table.add_column("what")
     table.add_column("value", overflow="fold")
     for what, value in facts.items():
-        table.add_row(what.replace("_", " "), _show(value))
+        table.add_row(what.replace("_", " "), escape(_show(value)))
     Console().print(table)
 
 
@@ -36,8 +42,9 @@ def _facts() -> dict[str, Any]:
         **describe_machine(),
         "device": "host memory stands in for the GPU: this version has no CUDA modules",
         "optional_parts": {
-            name: ("installed" if importlib.util.find_spec(name) else "absent") + f", for {use}"
-            for name, use in _OPTIONAL.items()
+            name: ("installed" if importlib.util.find_spec(name) else "absent")
+            + f", for {use} ({f'extra {extra}' if extra else f'pip install {name}'})"
+            for name, use, extra in _OPTIONAL
         },
         "plugins": {kind: plugin_names(kind) for kind in PLUGIN_KINDS},
         "limits": {"blocks in a pool": 2**31 - 2, "priority": "0..100", "token": "0..4294967295"},

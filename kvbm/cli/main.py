@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -38,12 +38,18 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line on stderr and exit status 2."""
+    """Run the command; an error of ours, or of the system under us, is one line on stderr and exit status 2."""
     try:
         app()
-    except (KvbmError, ImportError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"kvbm: {error}", style="red", markup=False, highlight=False)
-        sys.exit(2)
+    except (KvbmError, ImportError, OSError) as error:
+        _fail(str(error))
+    except MemoryError as error:
+        _fail(f"not enough memory ({error}): give fewer or smaller blocks, or a smaller workload")
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"kvbm: {message}", style="red", markup=False, highlight=False)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

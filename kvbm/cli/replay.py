@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kvbm.cli import check_json_file, write_json_file
 from kvbm.errors import ConfigError
 from kvbm.manager import BlockManager
 from kvbm.replay import ReplayReport, TraceRequest, generate_conversations, read_trace
@@ -45,10 +48,14 @@ def replay(
     del sequential  # one tier has nothing that runs beside the requests
     if block_bytes < 1:
         raise ConfigError(f"--block-bytes {block_bytes} is impossible, give 1 or more")
+    check_json_file(json_file)
+    workload: Iterable[TraceRequest]
     if trace is None:
-        workload = generate_conversations(num_sessions=sessions, num_turns=turns, seed=seed)[:requests]
+        made = generate_conversations(num_sessions=sessions, num_turns=turns, seed=seed)
+        workload, total = itertools.islice(made, requests), min(sessions * turns, requests or sessions * turns)
     else:
-        workload = read_trace(trace, limit=requests)
+        workload = read = read_trace(trace, limit=requests)
+        total = len(read)
     report = ReplayReport()
     with BlockManager(
         num_layers=1,
@@ -64,32 +71,28 @@ def replay(
         backend=backend,
     ) as manager:
         try:
-            _run(manager, workload, report)
+            _run(manager, workload, total, report)
         except KeyboardInterrupt:
             report.is_partial = True
         twin = manager.backend.name
     _finish(report, f"{trace.name if trace else 'built-in conversations'}, {device:,} blocks, {twin} twin", json_file)
 
 
-def _run(manager: BlockManager, workload: list[TraceRequest], report: ReplayReport) -> None:
+def _run(manager: BlockManager, workload: Iterable[TraceRequest], total: int, report: ReplayReport) -> None:
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[hit]}"), console=Console(stderr=True)) as progress:
-        task = progress.add_task("replay", total=len(workload), hit="")
+        task = progress.add_task("replay", total=total, hit="")
 
         def show(so_far: ReplayReport) -> None:
-            if so_far.requests % 50 == 0 or so_far.requests == len(workload):
+            if so_far.requests % 50 == 0 or so_far.requests == total:
                 progress.update(task, completed=so_far.requests, hit=f"hit rate {so_far.hit_rate:.4f}")
 
         run_replay(manager, workload, report=report, on_progress=show)
 
 
 def _finish(report: ReplayReport, title: str, json_file: Path | None) -> None:
-    Console().print(report.to_table(title))
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--json {json_file} cannot be written: {error.strerror or error}") from error
+    Console().print(report.to_table(escape(title)))
+    write_json_file(json_file, report.to_dict())
     if report.wrong_bytes:
         Console(stderr=True).print(f"[red]{report.wrong_bytes} wrong bytes, first in {report.first_wrong}[/red]")
         raise typer.Exit(1)

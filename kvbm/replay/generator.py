@@ -1,9 +1,12 @@
 """Makes a workload where there is no trace: conversations of several turns that share system prompts.
 
-Everything is drawn from one seed, so a run can be repeated.
+Everything is drawn from one seed, so a run can be repeated. Requests are made one by one, when they are asked for: only
+the conversations so far are held.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -12,7 +15,7 @@ from kvbm.replay.traces import TraceRequest
 
 def generate_conversations(
     *, num_sessions: int = 200, num_turns: int = 5, num_prompts: int = 4, seed: int = 0
-) -> list[TraceRequest]:
+) -> Iterator[TraceRequest]:
     """Make requests as tokens, the turns of all sessions mixed.
 
     Parameters
@@ -23,11 +26,11 @@ def generate_conversations(
         System prompts of 512 to 2,047 tokens, one of them at the head of each conversation.
     seed : int
 
-    Returns
-    -------
-    list of TraceRequest
-        Each request repeats its conversation so far and adds a question of 32 to 511 tokens; the answer of 64 to 767
-        tokens is part of the next one.
+    Yields
+    ------
+    TraceRequest
+        num_sessions * num_turns of them. Each repeats its conversation so far and adds a question of 32 to 511
+        tokens; the answer of 64 to 767 tokens is part of the next one.
     """
     rng = np.random.default_rng(seed)
 
@@ -37,9 +40,7 @@ def generate_conversations(
     prompts = [draw(512, 2048) for _ in range(num_prompts)]
     histories = [prompts[int(rng.integers(num_prompts))] for _ in range(num_sessions)]
     turns = rng.permutation(np.repeat(np.arange(num_sessions), num_turns))
-    requests = []
     for session in turns.tolist():
         question = np.concatenate([histories[session], draw(32, 512)])
-        requests.append(TraceRequest(tokens=question))
+        yield TraceRequest(tokens=question)
         histories[session] = np.concatenate([question, draw(64, 768)])
-    return requests

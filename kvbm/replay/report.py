@@ -25,7 +25,7 @@ class ReplayReport:
     verified_bytes: int = 0
     wrong_bytes: int = 0
     first_wrong: str = ""  # the first block with a wrong byte
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent on requests: the manager's calls, making and comparing bytes
     is_partial: bool = False  # interrupted
     call_ns: dict[str, list[int]] = field(default_factory=lambda: {call: [] for call in CALLS})
 

@@ -34,6 +34,7 @@ def replay(
     ----------
     manager : BlockManager
     requests : iterable of TraceRequest
+        Making or reading them is not counted in the report's `seconds`.
     report : ReplayReport, optional
         Filled as the replay goes, so that it is there when the replay is interrupted.
     on_progress : callable, optional
@@ -45,15 +46,16 @@ def replay(
         `wrong_bytes` is 0 when every hit held what had been written.
     """
     report = ReplayReport() if report is None else report
-    began = time.perf_counter()
     try:
         for request in requests:
-            _serve(manager, request, report)
-            report.seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            try:
+                _serve(manager, request, report)
+            finally:
+                report.seconds += time.perf_counter() - began
             if on_progress is not None:
                 on_progress(report)
     finally:
-        report.seconds = time.perf_counter() - began
         report.evictions = manager.device.status().evictions
     return report
 

@@ -51,7 +51,7 @@ def read_trace(path: str | Path, *, limit: int | None = None) -> list[TraceReque
     Parameters
     ----------
     path : str or Path
-        A name that ends in ``.gz`` is unpacked.
+        Gzip is known by its first bytes, whatever the file's name.
     limit : int, optional
         Stop after so many requests.
 
@@ -67,9 +67,9 @@ def read_trace(path: str | Path, *, limit: int | None = None) -> list[TraceReque
         try:
             fields = msgspec.json.decode(line)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            before = f", or give --requests {len(requests)} to use what is before" if requests else ""
             raise TraceError(
-                f"{place}: not a whole JSON object ({error}); the file may be cut off: fetch it again, or give "
-                f"--requests {len(requests)} to use what is before"
+                f"{place}: not a whole JSON object ({error}); the file may be cut off: fetch it again{before}"
             ) from error
         for namespace, ids in _requests_of(fields, place):
             requests.append(TraceRequest(hashes=_hashes_of(namespace, ids, names)))
@@ -82,10 +82,12 @@ def read_trace(path: str | Path, *, limit: int | None = None) -> list[TraceReque
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
+        with path.open("rb") as packed:
+            is_gzip = path.suffix == ".gz" or packed.peek(2)[:2] == b"\x1f\x8b"
+            with gzip.open(packed) if is_gzip else packed as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TraceError(f"{path}: the compressed file is damaged or cut off ({error}): fetch it again") from error
     except OSError as error:

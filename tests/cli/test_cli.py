@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,46 @@ def test_wrong_bytes_fail_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "wrong bytes, first in block" in captured.err
 
 
+@pytest.mark.parametrize("command", [("replay",), ("bench", "hash")])
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    for file, reason in ((tmp_path, "Is a directory"), (tmp_path / "absent" / "x.json", "No such file or directory")):
+        done = run(*command, "--json", str(file), status=2)
+        assert (done.stdout, done.stderr) == ("", f"kvbm: --json {file} cannot be written: {reason}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_brackets_in_a_file_name_are_shown_as_they_are(tmp_path: Path) -> None:
+    trace = tmp_path / "[red]x.jsonl"
+    trace.write_text('{"hash_ids": [1]}\n')
+    assert "[red]x.jsonl, 4 blocks" in run("replay", str(trace), "--device", "4").stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("std::bad_alloc"), "not enough memory (std::bad_alloc): give fewer or smaller blocks"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_and_status_two(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, message: str
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("kvbm.cli.replay.BlockManager", refuse)
+    monkeypatch.setattr(sys, "argv", ["kvbm", "replay", "--sessions", "3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("kvbm: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
 def test_ctrl_c_prints_what_there_is_and_leaves(tmp_path: Path) -> None:
     file = tmp_path / "part.json"
     arguments = ["replay", "--sessions", "3000", "--turns", "20", "--device", "200", "--json", str(file)]
@@ -135,6 +176,17 @@ def test_info_tells_the_twin_and_the_machine() -> None:
         facts
     )
     assert "backend reason" in run("info").stdout
+
+
+def test_extras_that_info_names_are_those_of_the_package() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    parts = json.loads(run("info", "--json").stdout)["optional_parts"]
+    for name, text in parts.items():
+        extra = re.search(r"\(extra (\w+)\)$", text)
+        if extra is None:
+            assert text.endswith(f"(pip install {name})")
+        else:
+            assert re.search(rf'^{extra[1]} = \[.*"{name}>', project, re.MULTILINE), text
 
 
 def test_bench_writes_machine_and_rows(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from kvbm.replay.content import content_of
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TRACE = DATA / "mooncake_conversation_trace.jsonl"
-LRU_RATES = {500: 0.0422, 1_000: 0.0445, 2_000: 0.0543, 5_000: 0.1118, 10_000: 0.2116, 20_000: 0.2878}
+LRU_RATES = {
+    **{500: 0.0422, 1_000: 0.0445, 2_000: 0.0543, 5_000: 0.1118},
+    **{10_000: 0.2116, 20_000: 0.2878, 50_000: 0.3546, 100_000: 0.3637},
+}
 
 
 def make_manager(num_blocks: int, backend: Backend, block_nbytes: int = 256, **options: Any) -> BlockManager:
@@ -55,7 +59,7 @@ def lru_hits(requests: list[list[bytes]], capacity: int) -> int:
 
 @pytest.mark.parametrize("capacity", [300, 700, 5000])
 def test_replay_equals_twenty_lines_of_lru(backend: Backend, capacity: int) -> None:
-    requests = generate_conversations(num_sessions=30, num_turns=4, seed=3)
+    requests = list(generate_conversations(num_sessions=30, num_turns=4, seed=3))
     with make_manager(capacity, backend) as manager:
         names = [
             [row.tobytes() for row in manager.sequence(request.tokens, salt=request.salt).hashes]
@@ -72,7 +76,9 @@ def test_replay_equals_twenty_lines_of_lru(backend: Backend, capacity: int) -> N
 
 
 @pytest.mark.skipif(not TRACE.exists(), reason="the real trace is not part of a checkout")
-@pytest.mark.parametrize("capacity", [500, 5_000, 20_000])
+@pytest.mark.parametrize(
+    "capacity", [pytest.param(n, marks=[] if n in (500, 5_000, 20_000) else pytest.mark.slow) for n in LRU_RATES]
+)
 def test_conversation_trace_gives_the_reference_rates(backend: Backend, capacity: int) -> None:
     requests = read_trace(TRACE)
     with make_manager(capacity, backend, 64) as manager:
@@ -131,6 +137,10 @@ def test_contents_of_blocks_differ_and_depend_on_the_hash_alone() -> None:
     assert len({row.tobytes() for row in content_of(hashes, 64)}) == 50
     swapped = content_of(hashes[:, ::-1].copy(), 64)
     assert not (swapped == content_of(hashes, 64)).all(axis=1).any()
+    for word in (0, 1):
+        other = hashes.copy()
+        other[:, word] ^= np.uint64(1)
+        assert not (content_of(other, 64) == content_of(hashes, 64)).all(axis=1).any(), f"word {word} counts"
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo"])
@@ -140,3 +150,31 @@ def test_policies_by_name_replay(backend: Backend, policy: str) -> None:
         manager.check()
     assert report.wrong_bytes == 0
     assert report.evictions > 0
+
+
+def test_seconds_count_requests_and_not_the_making_of_the_workload(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("kvbm.replay.run.time.perf_counter", lambda: now)
+
+    def slowly() -> Iterator[TraceRequest]:
+        nonlocal now
+        for request in generate_conversations(num_sessions=3, num_turns=1):
+            now += 100.0
+            yield request
+
+    with make_manager(400, backend) as manager:
+        assert replay(manager, slowly()).seconds == 0.0
+
+
+def test_ids_that_repeat_within_a_request_replay_without_a_wrong_byte(backend: Backend) -> None:
+    rng = np.random.default_rng(6)
+    names = rng.integers(0, 2**63, (6, 2), dtype=np.uint64)
+    requests = [TraceRequest(hashes=names[rng.integers(0, 6, int(rng.integers(0, 9)))]) for _ in range(300)]
+    for capacity in (1, 4, 7):
+        with make_manager(capacity, backend) as manager:
+            report = replay(manager, requests)
+            manager.check()
+            assert manager.device.available_blocks == capacity
+        assert report.wrong_bytes == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def test_limit_stops_reading(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (b'{"hash_ids": [1, 2]}\n{"hash_ids": [1', r"line 2: not a whole JSON object .* give --requests 1"),
+        (b'{"hash_ids": [1', r"line 1: not a whole JSON object .* fetch it again$"),
         (b'{"hash_ids": ["x"]}\n', "line 1: hash_ids must be a list of integers"),
         (b'{"hash_ids": 5}\n', "line 1: hash_ids must be a list of integers"),
         (b'{"a": 1}\n', "line 1: not a request; expected Mooncake's"),
@@ -94,6 +97,12 @@ def test_absent_and_cut_off_files_say_so(tmp_path: Path) -> None:
         read_trace(path)
 
 
+def test_gzip_is_known_by_its_first_bytes_whatever_the_name(tmp_path: Path) -> None:
+    packed = write(tmp_path / "t.jsonl.gz", MOONCAKE)
+    renamed = packed.rename(tmp_path / "t.jsonl")
+    assert len(read_trace(renamed)) == 2
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=60)
@@ -114,8 +123,21 @@ def test_any_bytes_are_requests_or_a_trace_error(tmp_path: Path, data: bytes) ->
 
 
 def test_generated_conversations_share_prompts_and_repeat_by_seed() -> None:
-    one, again, other = (generate_conversations(num_sessions=9, num_turns=3, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (list(generate_conversations(num_sessions=9, num_turns=3, seed=seed)) for seed in (1, 1, 2))
     assert len(one) == 27
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, again, strict=True))
     assert not all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
     assert len({request.tokens[:512].tobytes() for request in one}) <= 4
+
+
+def test_generated_conversations_are_made_when_they_are_asked_for() -> None:
+    def peak(num_turns: int) -> int:
+        tracemalloc.start()
+        for _ in itertools.islice(generate_conversations(num_sessions=10, num_turns=num_turns, seed=4), 10):
+            pass
+        _, peak_nbytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak_nbytes
+
+    peak(1)  # first use of numpy's generator
+    assert peak(400) < 2 * peak(4)
