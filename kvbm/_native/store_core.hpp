@@ -50,7 +50,7 @@ class StoreCore {
     int32_t id = lists_.first();
     for (int64_t i = 0; i < n; ++i) {
       ids[i] = id;
-      table_.prefetch_slot(records_[id].hash);
+      table_.prefetch_bucket(records_[id].hash);
       prefetch(&parents_[id]);
       id = lists_.after(id);
     }
@@ -87,7 +87,7 @@ class StoreCore {
     counts[ACTIVE] += n;
     for (int64_t start = 0; start < n; start += kSlice) {
       const int64_t stop = std::min(n, start + kSlice);
-      for (int64_t i = start; i < stop; ++i) table_.prefetch_slot(records_[ids[i]].hash);
+      for (int64_t i = start; i < stop; ++i) table_.prefetch_bucket(records_[ids[i]].hash);
       for (int64_t i = start; i < stop; ++i) {
         const int32_t id = ids[i];
         const int32_t primary = table_.find_or_insert(records_[id].hash, id);
@@ -361,14 +361,14 @@ class StoreCore {
     make_free(id);
   }
 
-  // Ids of hashes, -1 where absent. Three stages run kAhead entries apart: fetch the slot, fetch its record, compare.
+  // Ids of hashes, -1 where absent. Three stages run kAhead entries apart: fetch the bucket, fetch the record, compare.
   int64_t look_up(const Hash* hashes, int64_t n, int32_t* ids, bool stops_at_miss) {
     for (int64_t i = 0; i < n + 2 * kAhead; ++i) {
-      if (i < n) table_.prefetch_slot(hashes[i]);
-      if (i >= kAhead && i - kAhead < n) table_.prefetch_record(hashes[i - kAhead]);
+      if (i < n) table_.prefetch_bucket(hashes[i]);
+      if (i >= kAhead && i - kAhead < n) ids[i - kAhead] = table_.guess(hashes[i - kAhead]);
       const int64_t at = i - 2 * kAhead;
       if (at < 0) continue;
-      ids[at] = table_.find(hashes[at]);
+      ids[at] = table_.confirm(hashes[at], ids[at]);
       if (ids[at] == NONE && stops_at_miss) return at;
     }
     return n;
