@@ -10,6 +10,7 @@ from rich.console import Console
 
 import kvbm
 from kvbm.cli.bench import bench
+from kvbm.cli.config import config
 from kvbm.cli.info import info
 from kvbm.cli.replay import replay
 from kvbm.errors import KvbmError
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(replay)
 app.command()(info)
 app.command()(bench)
+app.command()(config)
 
 
 def _print_version(is_wanted: bool) -> None:
