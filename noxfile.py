@@ -21,6 +21,8 @@ OTHER_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NATIVE_MODULES = ("store", "hashing", "copies")
 TORCH = "torch==2.13.0"
 TEST_TIMEOUT_S = "120"
+TWINS = [nox.param(True, id="native"), nox.param(False, id="pure")]
+NOT_SLOW = ("-m", "not slow")  # a -m of the caller's comes later on the command line and wins
 IS_NATIVE = os.environ.get("KVBM_NATIVE", "ON").upper() not in {"OFF", "0", "FALSE", "NO"}  # without a compiler: OFF
 
 _wheels: dict[tuple[str, bool], Path] = {}  # (python version, is native) -> wheel built by this run
@@ -55,17 +57,25 @@ def _pytest(
 
 
 @nox.session
-@nox.parametrize("is_native", [nox.param(True, id="native"), nox.param(False, id="pure")])
+@nox.parametrize("is_native", TWINS)
 def tests(session: nox.Session, is_native: bool) -> None:
-    """Run the tests on the native wheel, which holds both twins, and on the pure one."""
+    """Run the tests but the slow ones on the native wheel, which holds both twins, and on the pure one."""
     _install(session, "test", is_native=is_native)
-    _pytest(session, is_native=is_native)
+    _pytest(session, *NOT_SLOW, is_native=is_native)
+
+
+@nox.session
+@nox.parametrize("is_native", TWINS)
+def slow(session: nox.Session, is_native: bool) -> None:
+    """Run only the tests that are marked slow, on the native wheel and on the pure one."""
+    _install(session, "test", is_native=is_native)
+    _pytest(session, "-m", "slow", is_native=is_native)
 
 
 def _tests_on(session: nox.Session) -> None:
-    """Run the tests on one Python version, whichever nox itself runs on."""
+    """Run the tests but the slow ones on one Python version, whichever nox itself runs on."""
     _install(session, "test")
-    _pytest(session)
+    _pytest(session, *NOT_SLOW)
 
 
 for _version in OTHER_PYTHONS:

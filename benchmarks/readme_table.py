@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = ("processor", "cores", "memory_bytes", "cpu_features", "system", "python", "numpy", "kvbm", "backend")
+NOTES = {"create_10m": "mapped lazily, pages are touched at first use"}  # what a figure does not say by itself
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -39,7 +40,8 @@ def render(reports: list[tuple[str, dict[str, Any]]]) -> str:
         for row in report["rows"]:
             figures = [number(row.get(key)) for key in ("median", "spread")]
             compared = [number(row.get(key)) for key in ("reference", "ratio")]
-            lines.append("| " + " | ".join([part, f"`{row['name']}`", *figures, row["unit"], *compared]) + " |")
+            name = f"`{row['name']}`" + (f" ({NOTES[row['name']]})" if row["name"] in NOTES else "")
+            lines.append("| " + " | ".join([part, name, *figures, row["unit"], *compared]) + " |")
     lines += ["", *(f"Machine: {machine}." for machine in machines)]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ by name, register the class as an entry point of the group ``kvbm.eviction``. Ru
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,8 @@ class SegmentedLru(EvictionPolicy):
             self._revived[block_id] = segment.pop(block_id)
 
     def pop(self, n: int, protected: frozenset[int]) -> Sequence[int]:
-        victims = [i for segment in (self._once, self._again) for i in segment if i not in protected][:n]
+        in_order = (block_id for segment in (self._once, self._again) for block_id in segment)
+        victims = list(islice((block_id for block_id in in_order if block_id not in protected), n))
         for block_id in victims:
             (self._once if block_id in self._once else self._again).pop(block_id)
         return victims

@@ -8,13 +8,15 @@ under the store's lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
 
 from kvbm.errors import PluginError, bad_victims
 from kvbm.types import HashArray, IdArray
+
+_CALLS = ("inserted", "removed", "touched", "prioritised", "pop")
 
 
 class PluggedPolicy:
@@ -29,6 +31,11 @@ class PluggedPolicy:
         Gives the hashes of blocks: ids to (n, 2) uint64.
     priority_of, is_inactive : callable
         Tell of one block.
+
+    Raises
+    ------
+    PluginError
+        The policy lacks one of the calls.
     """
 
     def __init__(
@@ -46,6 +53,11 @@ class PluggedPolicy:
         self._priority_of = priority_of
         self._is_inactive = is_inactive
         self._name = type(policy).__name__
+        missing = [call for call in _CALLS if not callable(getattr(policy, call, None))]
+        if missing:
+            raise PluginError(
+                f"eviction policy {self._name} has no {', '.join(missing)}: inherit kvbm.eviction.EvictionPolicy"
+            )
         self._failure: PluginError | None = None  # of the first notification that failed
 
     def inserted(self, ids: Sequence[int], priorities: Sequence[int]) -> None:
@@ -75,27 +87,27 @@ class PluggedPolicy:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
-        answer = list(self._call("pop", n, frozenset[int]()))
-        victims: list[int] = []
+        answer = self._call("pop", n, frozenset[int](), give=list)
+        victims: dict[int, None] = {}
         reason = None
         for value in answer:
             problem = self._problem_with(value, victims)
             if problem is None:
-                victims.append(int(value))
+                victims[int(value)] = None
             reason = reason or problem
         if reason is None and len(victims) != n:
             reason = f"returned {len(victims)} of {n} blocks"
         if reason is not None:
-            self.inserted(victims, [self._priority_of(block_id) for block_id in victims])
+            self.inserted(list(victims), [self._priority_of(block_id) for block_id in victims])
             raise bad_victims(self._name, reason)
-        return victims
+        return list(victims)
 
-    def _problem_with(self, value: Any, victims: list[int]) -> str | None:
+    def _problem_with(self, value: Any, victims: Container[int]) -> str | None:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             return f"returned {value!r}, which is not a block id"
         if not 0 <= value < self._num_blocks:
             return f"returned block {value}, which is outside the pool"
-        if value in victims:
+        if int(value) in victims:
             return f"returned block {value} twice"
         if not self._is_inactive(int(value)):
             return f"returned block {value}, which is not inactive"
@@ -107,10 +119,10 @@ class PluggedPolicy:
         except PluginError as error:
             self._failure = self._failure or error
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        method: Callable[..., Any] = getattr(self._policy, name)
+    def _call(self, name: str, *arguments: Any, give: Callable[[Any], Any] = lambda answer: answer) -> Any:
+        """Call the policy and take its answer in by `give`, which may run more of the policy's code."""
         try:
-            return method(*arguments)
+            return give(getattr(self._policy, name)(*arguments))
         except PluginError:
             raise
         except Exception as error:

@@ -9,41 +9,30 @@ safe: one of them gets it, the others get `BlockStateError`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import index as as_index
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.errors import BlockIdError, BlockStateError, ConfigError
-from kvbm.types import ZERO_HASH, BlockBytes, BlockState, BytesView, HashArray, IdArray, SequenceHash, hash_array
+from kvbm.block import Block, GuardPool
+from kvbm.errors import BlockIdError, BlockStateError
+from kvbm.types import ZERO_HASH, BlockState, HashArray, IdArray, SequenceHash, hash_array
+
+__all__ = [
+    "Block",
+    "BlockGuard",
+    "CompleteBlocks",
+    "GuardPool",
+    "ImmutableBlocks",
+    "MutableBlocks",
+    "WeakBlocks",
+]
 
 GuardT = TypeVar("GuardT", bound="BlockGuard")
 
-
-class GuardPool(Protocol):
-    """What guards and blocks ask of the pool that made them."""
-
-    name: str
-    bytes: BlockBytes | None
-
-    def stage(self, ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
-        """MUTABLE -> COMPLETE."""
-
-    def release_ids(self, ids: IdArray, *, is_registered: bool) -> None:
-        """Drop one reference on each."""
-
-    def drop_ids(self, ids: IdArray, is_registered: bool) -> None:
-        """Leave ids for the next call; takes no lock."""
-
-    def acquire(self, ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
-        """Take a reference where the hash is still there."""
-
-    def get_metadata(self, block_id: int) -> Any:
-        """Give the user's object of a block."""
-
-    def set_metadata(self, block_id: int, value: Any) -> None:
-        """Keep a user's object with a block."""
+_PAST = {"split": "split", "merge": "merged", "reorder": "reordered"}
 
 
 class BlockGuard(Sequence["Block"]):
@@ -61,13 +50,17 @@ class BlockGuard(Sequence["Block"]):
 
     @property
     def block_ids(self) -> IdArray:
-        """Slots of the blocks: (num_blocks,) int32, host."""
-        return self._peek("read")
+        """Slots of the blocks: (num_blocks,) int32, host, read-only."""
+        return _read_only(self._peek("read"))
 
     @property
     def is_live(self) -> bool:
         """Whether the guard still owns its blocks."""
         return bool(self._live)
+
+    def is_of(self, pool: GuardPool) -> bool:
+        """Whether its blocks are this pool's."""
+        return self._pool is pool
 
     def release(self) -> None:
         """Give the blocks back; a second call does nothing.
@@ -76,6 +69,10 @@ class BlockGuard(Sequence["Block"]):
         -----
         The deepest block of the guard becomes the first to be evicted. Release hit and fresh blocks of a request as
         one guard (``hit + fresh``), or the deeper one first.
+
+        A finaliser of yours, or a generator with ``with guard:``, may be run by the garbage collector while this thread
+        is inside a call of the pool's store. The blocks are then left for the pool's next call, as those of a collected
+        guard are.
         """
         try:
             ids = self._live.pop()
@@ -86,11 +83,28 @@ class BlockGuard(Sequence["Block"]):
 
     def split(self: GuardT, n: int) -> tuple[GuardT, GuardT]:
         """Use up this guard and give one over its first n blocks and one over the rest."""
+        place = as_index(n)
         ids = self._take("split")
-        if not 0 <= n <= len(ids):
+        if not 0 <= place <= len(ids):
             self._give_back(ids)
             raise BlockIdError(f"cannot split {len(ids)} blocks at {n}, give 0..{len(ids)}")
-        return self._part(ids, 0, n), self._part(ids, n, len(ids))
+        return self._part(ids, 0, place), self._part(ids, place, len(ids))
+
+    def partition(self: GuardT, mask: npt.NDArray[np.bool_]) -> tuple[GuardT, GuardT]:
+        """Use up this guard and give one over the blocks where `mask` is true and one over the others.
+
+        Parameters
+        ----------
+        mask : (num_blocks,) bool
+        """
+        answers: npt.NDArray[Any] = np.asarray(mask)
+        if answers.ndim != 1 or (answers.dtype != np.bool_ and len(answers)):
+            raise BlockIdError(f"cannot partition by an array of shape {answers.shape} and dtype {answers.dtype}")
+        ids = self._take("split")
+        if len(answers) != len(ids):
+            self._give_back(ids)
+            raise BlockIdError(f"cannot partition {len(ids)} blocks by {len(answers)} answers, give one for each block")
+        return self._chosen(ids, np.flatnonzero(answers)), self._chosen(ids, np.flatnonzero(answers == 0))
 
     def __add__(self: GuardT, other: GuardT) -> GuardT:
         """Use up two guards of one pool and kind and give one over the blocks of both."""
@@ -153,7 +167,7 @@ class BlockGuard(Sequence["Block"]):
             ids = self._live.pop()
         except IndexError:
             raise self._is_gone(verb) from None
-        self._gone = {"split": "split", "merge": "merged"}.get(verb, verb)
+        self._gone = _PAST.get(verb, verb)
         return ids
 
     def _give_back(self, ids: IdArray) -> None:
@@ -164,8 +178,14 @@ class BlockGuard(Sequence["Block"]):
         gone = self._gone or "in use by another thread"
         return BlockStateError(f"these blocks are {gone}, must be {self.state.label} to {verb} them")
 
+    def _name_of(self, index: int) -> SequenceHash | None:
+        return None
+
     def _part(self: GuardT, ids: IdArray, start: int, stop: int) -> GuardT:
         return type(self)(self._pool, ids[start:stop])
+
+    def _chosen(self: GuardT, ids: IdArray, places: npt.NDArray[np.intp]) -> GuardT:
+        return type(self)(self._pool, ids[places])
 
     def _merged(self: GuardT, other: GuardT, ids: IdArray) -> GuardT:
         return type(self)(self._pool, ids)
@@ -177,29 +197,30 @@ class MutableBlocks(BlockGuard):
     __slots__ = ()
     state = BlockState.MUTABLE
 
-    def complete(self, hashes: HashArray, *, parent: SequenceHash | None = None) -> CompleteBlocks:
+    def complete(
+        self, hashes: HashArray, *, parent: SequenceHash | None = None, parents: HashArray | None = None
+    ) -> CompleteBlocks:
         """Say what the filled blocks hold, and use up this guard.
 
         Parameters
         ----------
         hashes : (num_blocks, 2) uint64, host
             Sequence hashes in order, each the child of the one before.
-        parent : SequenceHash, optional
+        parent : SequenceHash, or any 16 bytes, optional
             Hash of the block before the first; None at the start of a sequence.
+        parents : (num_blocks, 2) uint64, host, optional
+            Hash of the block before each, instead of `parent`: the hashes may then be of several sequences.
 
         Raises
         ------
         HashFormatError
-            Not one hash for each block; the guard stays usable.
+            Not one hash for each block, or a parent that is none; the guard stays usable.
         """
         names = hash_array(hashes).copy()
-        parents = np.empty_like(names)
-        if len(names):
-            parents[0] = np.frombuffer(parent or ZERO_HASH, dtype="<u8")
-            parents[1:] = names[:-1]
+        above = _parents_of(names, parent) if parents is None else hash_array(parents)
         ids = self._take("complete")
         try:
-            self._pool.stage(ids, names, parents)
+            self._pool.stage(ids, names, above)
         except BaseException:
             self._give_back(ids)
             raise
@@ -219,12 +240,18 @@ class _NamedBlocks(BlockGuard):
 
     @property
     def hashes(self) -> HashArray:
-        """Sequence hashes of the blocks: (num_blocks, 2) uint64, host."""
+        """Sequence hashes of the blocks: (num_blocks, 2) uint64, host, read-only."""
         self._peek("read")
-        return self._hashes
+        return _read_only(self._hashes)
+
+    def _name_of(self, index: int) -> SequenceHash | None:
+        return SequenceHash(self._hashes[index].tobytes())
 
     def _part(self: Any, ids: IdArray, start: int, stop: int) -> Any:
         return type(self)(self._pool, ids[start:stop], self._hashes[start:stop])
+
+    def _chosen(self: Any, ids: IdArray, places: npt.NDArray[np.intp]) -> Any:
+        return type(self)(self._pool, ids[places], self._hashes[places])
 
     def _merged(self: Any, other: Any, ids: IdArray) -> Any:
         return type(self)(self._pool, ids, np.concatenate([self._hashes, other._hashes]))
@@ -243,6 +270,15 @@ class ImmutableBlocks(_NamedBlocks):
     __slots__ = ()
     state = BlockState.ACTIVE
     is_writable = False
+
+    def reordered(self, places: npt.NDArray[np.intp]) -> ImmutableBlocks:
+        """Use up this guard and give one over the same blocks in another order: (num_blocks,) int, a permutation."""
+        order = np.sort(places)
+        ids = self._take("reorder")
+        if not np.array_equal(order, np.arange(len(ids))):
+            self._give_back(ids)
+            raise BlockIdError(f"cannot reorder {len(ids)} blocks by {places!r}, give each of 0..{len(ids) - 1} once")
+        return self._chosen(ids, places)  # type: ignore[no-any-return]
 
     def downgrade(self) -> WeakBlocks:
         """Use up this guard, drop its references, and keep only the names."""
@@ -267,8 +303,8 @@ class WeakBlocks:
 
     @property
     def hashes(self) -> HashArray:
-        """Sequence hashes of the blocks: (num_blocks, 2) uint64, host."""
-        return self._hashes
+        """Sequence hashes of the blocks: (num_blocks, 2) uint64, host, read-only."""
+        return _read_only(self._hashes)
 
     def upgrade(self) -> ImmutableBlocks | None:
         """Hold the blocks again; None, and nothing held, when any of them is gone.
@@ -277,79 +313,31 @@ class WeakBlocks:
         -----
         Safe against reuse: a slot that holds another hash by now does not count.
         """
+        blocks, mask = self.upgrade_each()
+        if mask.all():
+            return blocks
+        blocks.release()
+        return None
+
+    def upgrade_each(self) -> tuple[ImmutableBlocks, npt.NDArray[np.bool_]]:
+        """Hold those of the blocks that are still there; give them and, (num_blocks,) bool, which they are."""
         mask = self._pool.acquire(self._ids, self._hashes)
         if mask.all():
-            return ImmutableBlocks(self._pool, self._ids, self._hashes)
-        self._pool.release_ids(self._ids[mask], is_registered=True)
-        return None
+            return ImmutableBlocks(self._pool, self._ids, self._hashes), mask
+        return ImmutableBlocks(self._pool, self._ids[mask], self._hashes[mask]), mask
 
 
-class Block:
-    """One block of a guard: its name, its user's metadata, its bytes. Raises once the guard is used up."""
+def _parents_of(names: HashArray, parent: SequenceHash | None) -> HashArray:
+    parents = np.empty_like(names)
+    first = hash_array([ZERO_HASH if parent is None else parent])
+    if len(names):
+        parents[0] = first[0]
+        parents[1:] = names[:-1]
+    return parents
 
-    __slots__ = ("_guard", "_index")
 
-    def __init__(self, guard: BlockGuard, index: int) -> None:
-        self._guard = guard
-        self._index = index
-
-    @property
-    def block_id(self) -> int:
-        """Slot in the pool."""
-        return int(self._guard._peek("use")[self._index])
-
-    @property
-    def state(self) -> BlockState:
-        """MUTABLE, COMPLETE or ACTIVE: the state of the guard."""
-        self._guard._peek("use")
-        return self._guard.state
-
-    @property
-    def sequence_hash(self) -> SequenceHash | None:
-        """Name of the block and everything before it; None while it is mutable."""
-        self._guard._peek("use")
-        if isinstance(self._guard, _NamedBlocks):
-            return SequenceHash(self._guard._hashes[self._index].tobytes())
-        return None
-
-    @property
-    def metadata(self) -> Any:
-        """Any object of the user's, None at first; dropped when the block leaves the pool's registry."""
-        return self._guard._pool.get_metadata(self.block_id)
-
-    @metadata.setter
-    def metadata(self, value: Any) -> None:
-        self._guard._pool.set_metadata(self.block_id, value)
-
-    def layer(self, layer: int) -> BytesView:
-        """View one layer: (outer_dim, block_size, inner_dim)."""
-        return self._bytes().layer(self.block_id, layer, writable=self._guard.is_writable)
-
-    def layer_view(self, layer: int, outer: int) -> BytesView:
-        """View K (outer 0) or V (outer 1) of one layer: (block_size, inner_dim)."""
-        return self._bytes().layer_view(self.block_id, layer, outer, writable=self._guard.is_writable)
-
-    def view(self) -> BytesView:
-        """View the whole block, contiguous layouts only: (num_layers, outer_dim, block_size, inner_dim)."""
-        return self._bytes().block(self.block_id, writable=self._guard.is_writable)
-
-    def numpy(self) -> npt.NDArray[Any]:
-        """Give the whole block as an array that shares its memory; read-only once registered."""
-        return self.view().numpy()
-
-    def __dlpack__(self, **kwargs: Any) -> Any:
-        return self.view().__dlpack__(**kwargs)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.view().__dlpack_device__()
-
-    def __repr__(self) -> str:
-        if not self._guard.is_live:
-            return "Block(gone)"
-        return f"Block({self.block_id}, {self.state.label}, {self.sequence_hash})"
-
-    def _bytes(self) -> BlockBytes:
-        pool = self._guard._pool
-        if pool.bytes is None:
-            raise ConfigError(f"pool {pool.name!r} keeps no bytes: use a BlockManager, or give the pool its bytes")
-        return pool.bytes
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Give a guard's own array so that nobody writes into it."""
+    view: npt.NDArray[Any] = array.view()
+    view.flags.writeable = False
+    return view

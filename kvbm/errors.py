@@ -71,6 +71,10 @@ class IntegrityError(KvbmError, RuntimeError):
     """Bytes do not match the checksum that was kept for them."""
 
 
+class MessageError(KvbmError, ValueError):
+    """Bytes from another process are not a message of ours."""
+
+
 class ConfigError(KvbmError, ValueError):
     """A setting is unknown or impossible."""
 

@@ -8,7 +8,7 @@ addresses. Elements are opaque bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -223,6 +223,31 @@ class BlockLayout:
         sizes = {"token": (self.block_size, self.strides.token), "head": (self.num_heads, self.strides.head)}
         present = [(stride, axis) for axis, (size, stride) in sizes.items() if size > 1]
         return tuple(axis for _, axis in sorted(present, reverse=True))
+
+    def dense(self, num_blocks: int, *, alignment: int = 1) -> BlockLayout:
+        """Lay the same blocks side by side without gaps inside a block, tokens and heads in this layout's order."""
+        head, token, region = self.head_nbytes, self.inner_dim * self.itemsize, self.region_nbytes
+        is_head_major = self.region_order == ("head", "token")
+        block = _up(self.block_nbytes, alignment)
+        return replace(
+            self,
+            num_blocks=num_blocks,
+            strides=Strides(
+                block=block,
+                layer=self.outer_dim * region,
+                outer=region,
+                token=head if is_head_major else token,
+                head=head * self.block_size if is_head_major else head,
+            ),
+            has_layer_buffers=False,
+            buffer_nbytes=num_blocks * block,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a block is one run of bytes in logical order, so that it can be read and written as it lies."""
+        dense = self.dense(self.num_blocks).strides
+        return not self.has_layer_buffers and self.strides == msgspec.structs.replace(dense, block=self.strides.block)
 
     # -- places ------------------------------------------------------------------------------------------------
 

@@ -1,80 +1,43 @@
 """BlockManager: the facade that introduces bookkeeping to bytes.
 
-It makes one layout, binds a storage to it, gives the pool its bytes, and offers what a request needs: hash, match,
-onboard, allocate, register. Today it has the device tier (G1); lower tiers will join behind the same calls. Safe to
-use from several threads: everything mutable lives in the pool and the storage.
+For each tier it has a pool and a storage; a planner decides what moves, an executor moves it, and both work in the
+background. It offers what a request needs: hash, match, onboard, allocate, register. Safe to use from several threads:
+everything mutable lives in the pools, the planner and the storages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import os
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from kvbm._backend import Backend, default_backend, load_backend
+from kvbm._backend import Backend
+from kvbm.assembly import assemble, config_of, find_backend
 from kvbm.blocks import Block, CompleteBlocks, ImmutableBlocks, MutableBlocks
-from kvbm.errors import BlockStateError, ConfigError, LayoutError
-from kvbm.events import EventSubscription, KvEventType
+from kvbm.config import Config
+from kvbm.errors import BlockStateError, ConfigError
+from kvbm.events import KvEventType, MergedSubscription, MigrationLog
 from kvbm.jobs import Transfer
-from kvbm.layout import BlockLayout
-from kvbm.plugins import load_plugin
+from kvbm.planner import Hit, OffloadPolicy, PlannerStatistics
 from kvbm.pool import BlockPool
 from kvbm.sequence import ContentSpan, TokenSequence
 from kvbm.storage.base import Storage
-from kvbm.storage.device import DeviceStorage
-from kvbm.storage.views import StorageBytes
-from kvbm.types import HashArray, Tier
+from kvbm.types import HashArray, PoolStatus, ResetBlocksResponse, Tier
 
-LAYOUTS = ("fully_contiguous", "layer_separate_block_first", "layer_separate_outer_first")
-
-
-class Hit:
-    """What a look-up over the tiers found, each block held by one reference.
-
-    Used up by `BlockManager.onboard`; otherwise released by `release`, ``with``, or the garbage collector.
-    """
-
-    def __init__(self, device: ImmutableBlocks) -> None:
-        self._device = device
-        self.num_blocks = len(device)
-
-    @property
-    def tiers(self) -> dict[str, int]:
-        """Blocks found in each tier, by the tier's name."""
-        return {Tier.DEVICE.value: self.num_blocks}
-
-    @property
-    def hashes(self) -> HashArray:
-        """Sequence hashes of the blocks found: (num_blocks, 2) uint64, host."""
-        return self._device.hashes
-
-    def __len__(self) -> int:
-        return self.num_blocks
-
-    def release(self) -> None:
-        """Give the blocks back without using them; a second call does nothing."""
-        self._device.release()
-
-    def __enter__(self) -> Hit:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def __repr__(self) -> str:
-        return f"Hit({self.num_blocks} blocks, {self.tiers})"
+_log = logging.getLogger("kvbm.manager")
 
 
 class BlockManager:
-    """KV-cache blocks of one model on one worker.
+    """KV-cache blocks of one model on one worker, in one to three tiers.
 
     Parameters
     ----------
+    config : Config, optional
+        Every setting there is; the keywords below are the common ones. Give one or the other.
     num_layers : int
     page_size : int
         Tokens per block.
@@ -84,85 +47,111 @@ class BlockManager:
         2 for K and V, 1 for MLA.
     dtype : str
         Element type, e.g. "float16", "bfloat16", "float8_e4m3".
-    device_blocks : int
-        Blocks in the device tier (G1).
-    host_blocks, disk_blocks : int
-        Must be 0 in this version.
+    device_blocks, host_blocks, disk_blocks : int
+        Blocks of each tier (G1, G2, G3); 0 leaves a tier out. Registering a block copies it to the tier below, in the
+        background.
+    disk_path : path, optional
+        Directory of the disk tier.
     model : str, optional
         Fingerprint of the model: a part of every sequence hash, so two models never share a block.
     weights_epoch : int or str, optional
         Changes every hash when weights are updated in place.
     layout : str
-        One of `LAYOUTS`.
+        Of the top tier: "fully_contiguous", "layer_separate_block_first", "layer_separate_outer_first" or a plug-in.
     policy : str or EvictionPolicy
-        A policy's name ("lru", "fifo", or an entry point of the group ``kvbm.eviction``), or an instance.
+        Eviction: a policy's name ("lru", "fifo", or an entry point of the group ``kvbm.eviction``) for every tier, or
+        an instance for the top tier.
+    offload_policy : str or OffloadPolicy
+        What goes down: "always", "second_use", "priority", an entry point of the group ``kvbm.offload``, or an
+        instance for the first route.
     worker_id : str
         Put into events.
     backend : Backend or str, optional
         The twin to use; default by ``KVBM_BACKEND``.
+    storages : dict of Tier to Storage, optional
+        Ready-made storages of your own for tiers; closed with the manager.
 
     Raises
     ------
     ConfigError
-        No device blocks, or a tier that this version does not have.
+        A setting is impossible, or no tier has memory.
     LayoutError
         Impossible dimensions or dtype.
+    StorageError
+        A tier's memory or file cannot be had.
 
     Examples
     --------
     >>> import kvbm
-    >>> with kvbm.BlockManager(num_layers=2, page_size=16, inner_dim=8, dtype="float32", device_blocks=4) as manager:
-    ...     manager.device.total_blocks
-    4
+    >>> with kvbm.BlockManager(
+    ...     num_layers=2, page_size=16, inner_dim=8, dtype="float32", device_blocks=4, host_blocks=16
+    ... ) as manager:
+    ...     manager.device.total_blocks, manager.host.total_blocks
+    (4, 16)
     """
 
     def __init__(
         self,
+        config: Config | None = None,
         *,
-        num_layers: int,
-        page_size: int,
-        inner_dim: int,
-        device_blocks: int,
-        outer_dim: int = 2,
-        dtype: str = "float16",
-        host_blocks: int = 0,
-        disk_blocks: int = 0,
+        num_layers: int | None = None,
+        page_size: int | None = None,
+        inner_dim: int | None = None,
+        outer_dim: int | None = None,
+        dtype: str | None = None,
+        device_blocks: int | None = None,
+        host_blocks: int | None = None,
+        disk_blocks: int | None = None,
+        disk_path: str | os.PathLike[str] | None = None,
         model: str | None = None,
         weights_epoch: int | str | None = None,
-        layout: str = "fully_contiguous",
-        policy: Any = "lru",
-        worker_id: str = "0",
+        layout: str | None = None,
+        policy: Any = None,
+        offload_policy: str | OffloadPolicy | None = None,
+        worker_id: str | None = None,
         backend: Backend | str | None = None,
+        storages: Mapping[Tier, Storage] | None = None,
     ) -> None:
-        _only_device(device_blocks, host_blocks, disk_blocks)
-        if backend is None:
-            backend = default_backend()
-        elif isinstance(backend, str):
-            backend = load_backend(backend)
-        self.backend = backend
-        self.page_size = page_size
-        self.model = model
-        self.weights_epoch = weights_epoch
-        self.layout = _make_layout(
-            layout,
-            num_blocks=device_blocks,
-            num_layers=num_layers,
-            outer_dim=outer_dim,
-            block_size=page_size,
-            inner_dim=inner_dim,
-            dtype=dtype,
+        config = config_of(
+            config,
+            {
+                "model.num_layers": num_layers,
+                "model.block_size": page_size,
+                "model.inner_dim": inner_dim,
+                "model.outer_dim": outer_dim,
+                "model.dtype": dtype,
+                "model.fingerprint": model,
+                "model.weights_epoch": weights_epoch,
+                "device.num_blocks": device_blocks,
+                "host.num_blocks": host_blocks,
+                "disk.num_blocks": disk_blocks,
+                "disk.path": None if disk_path is None else os.fspath(disk_path),
+                "device.layout": layout,
+                "device.eviction": policy if isinstance(policy, str) else None,
+                "host.eviction": policy if isinstance(policy, str) else None,
+                "disk.eviction": policy if isinstance(policy, str) else None,
+                "offload.policy": offload_policy if isinstance(offload_policy, str) else None,
+                "runtime.worker_id": worker_id,
+            },
         )
-        self._pool = BlockPool(
-            device_blocks,
-            name="device",
-            tier=Tier.DEVICE,
-            policy=load_plugin("eviction", policy)() if isinstance(policy, str) else policy,
-            worker_id=worker_id,
-            event_metadata={"model": model} if model else None,
-            backend=backend,
+        self.config = config
+        self.backend = find_backend(config.runtime.backend if backend is None else backend)
+        self.page_size = config.model.block_size
+        self.model = config.model.fingerprint
+        self.weights_epoch = config.model.weights_epoch
+        parts = assemble(
+            config,
+            backend=self.backend,
+            eviction=None if isinstance(policy, str) else policy,
+            offload_policy=None if isinstance(offload_policy, str) else offload_policy,
+            storages=storages,
         )
-        self._storage = DeviceStorage(self.layout, backend=backend)
-        self._pool.bytes = StorageBytes(self._storage)
+        self.layout = next(iter(parts.layouts.values()))
+        self._pools, self._storages = parts.pools, parts.storages
+        self._executor, self._planner, self._thread = parts.executor, parts.planner, parts.thread
+        self._top = next(iter(parts.pools.values()))
+        if Tier.DISK in self._pools and self.model is None:
+            _log.warning("a disk tier without model=... trusts that nobody changes the model: give its fingerprint")
 
     # -- a request ---------------------------------------------------------------------------------------------
 
@@ -198,39 +187,57 @@ class BlockManager:
         )
 
     def match_sequence_hashes(self, hashes: HashArray) -> Hit:
-        """Find the longest cached prefix over all tiers and hold it; an empty hit is a miss."""
-        return Hit(self._pool.match_sequence_hashes(hashes))
+        """Find the longest cached prefix over all tiers and hold it; an empty hit is a miss.
+
+        Each block is found in the highest tier that has it: a hole in one tier is filled from the next.
+        """
+        return self._planner.match(hashes)
 
     def lookup(self, hashes: HashArray) -> int:
-        """Count the leading blocks that are cached; holds nothing and changes no recency."""
-        absent = self._pool.lookup(hashes) < 0
-        return int(absent.argmax()) if absent.any() else len(absent)
+        """Count the leading blocks that are cached in any tier; holds nothing and changes no recency."""
+        return self._planner.lookup(hashes)
 
-    def onboard(self, hit: Hit) -> Transfer[ImmutableBlocks]:
-        """Bring the blocks of a hit into the device tier, and use up the hit.
+    def onboard(self, hit: Hit, *, timeout: float | None = None) -> Transfer[ImmutableBlocks]:
+        """Bring the blocks of a hit into the top tier, and use up the hit.
+
+        Parameters
+        ----------
+        hit : Hit
+        timeout : float, optional
+            Seconds; default ``runtime.onboard_timeout_s`` of the configuration.
 
         Returns
         -------
         Transfer
-            Its result is the leading blocks whose bytes are there, possibly none. Blocks that lie in the device tier
-            already are there at once.
+            Its result is the leading blocks whose bytes are there and match their checksums, possibly none. Blocks that
+            lie in the top tier already are there at once. At its deadline it ends with what is there by then.
+
+        Raises
+        ------
+        NotEnoughBlocksAvailable
+            The top tier has no room; nothing was taken and the hit can be used again.
+        BlockStateError
+            The hit is used up.
+        PoolClosed
+            The manager is closed.
         """
-        device = hit._device
-        device._peek("onboard")
-        moved, hit._device = device.split(len(device))
-        return Transfer.completed(moved)
+        return self._planner.onboard(hit, timeout)
 
     def allocate_blocks(self, n: int, *, timeout: float | None = None) -> MutableBlocks:
-        """Take n device blocks to fill; see `BlockPool.allocate_blocks`."""
-        return self._pool.allocate_blocks(n, timeout=timeout)
+        """Take n blocks of the top tier to fill; see `BlockPool.allocate_blocks`."""
+        return self._top.allocate_blocks(n, timeout=timeout)
 
     def try_allocate_blocks(self, n: int) -> MutableBlocks | None:
-        """Take n device blocks to fill; None when fewer are available."""
-        return self._pool.try_allocate_blocks(n)
+        """Take n blocks of the top tier to fill; None when fewer are available."""
+        return self._top.try_allocate_blocks(n)
 
     def register_blocks(self, blocks: CompleteBlocks) -> ImmutableBlocks:
-        """Publish complete blocks; see `BlockPool.register_blocks`."""
-        return self._pool.register_blocks(blocks)
+        """Publish complete blocks of the top tier, and let them be offloaded; see `BlockPool.register_blocks`."""
+        return self._top.register_blocks(blocks)
+
+    def set_priority(self, hashes: HashArray, priority: int) -> int:
+        """Keep blocks longer (up to 100) or less long (down to 0), in every tier; return how many the top tier has."""
+        return self._planner.prioritise(hashes, priority)
 
     def store_kv(self, block: Block, layer: int, data: Any) -> None:
         """Write one layer of a block.
@@ -241,22 +248,20 @@ class BlockManager:
             Not registered yet.
         layer : int
         data : bytes-like or array
-            outer_dim * page_size * inner_dim elements: all K, then all V.
+            outer_dim * page_size * inner_dim elements: all K, then all V. An array has the block's dtype, or is
+            unsigned integers of the same width, or bytes.
 
         Raises
         ------
         BlockStateError
             The block is registered; its bytes are read-only.
         LayoutError
-            Wrong size or layer.
+            Wrong size, dtype or layer.
         """
-        target = block.layer(layer).numpy()
-        if not target.flags.writeable:
+        view = block.layer(layer)
+        if not view.is_writable:
             raise BlockStateError(f"block {block.block_id} is active, must be mutable or complete to store into it")
-        source = np.ascontiguousarray(data) if isinstance(data, np.ndarray) else np.frombuffer(data, dtype=np.uint8)
-        if source.nbytes != target.nbytes:
-            raise LayoutError(f"layer {layer} of a block takes {target.nbytes} bytes, got {source.nbytes}")
-        target[...] = source.reshape(-1).view(target.dtype).reshape(target.shape)
+        view.assign(data, dtype=self.layout.dtype)
 
     def load_kv(self, block: Block, layer: int) -> bytes:
         """Read one layer of a block: outer_dim * page_size * inner_dim elements as bytes."""
@@ -266,40 +271,113 @@ class BlockManager:
 
     @property
     def device(self) -> BlockPool:
-        """The device tier's pool (G1)."""
-        return self._pool
+        """The device tier's pool (G1); raises `ConfigError` where there is none."""
+        return self._pools[self._tier(Tier.DEVICE)]
 
     @property
     def host(self) -> BlockPool | None:
-        """The host tier's pool (G2): None, this version has none."""
-        return None
+        """The host tier's pool (G2), None without."""
+        return self._pools.get(Tier.HOST)
 
     @property
     def disk(self) -> BlockPool | None:
-        """The disk tier's pool (G3): None, this version has none."""
-        return None
+        """The disk tier's pool (G3), None without."""
+        return self._pools.get(Tier.DISK)
 
     @property
-    def device_storage(self) -> Storage:
-        """The bytes of the device tier: host memory stands in for the GPU in this version."""
-        return self._storage
+    def top(self) -> BlockPool:
+        """The highest tier's pool, where blocks are filled and used: the device tier's where there is one."""
+        return self._top
+
+    def storage(self, tier: Tier | str) -> Storage:
+        """Give the bytes of a tier; host memory stands in for a GPU where there is none."""
+        return self._storages[self._tier(tier)]
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything registered before is as far down as it goes, or was dropped and counted.
+
+        Raises
+        ------
+        TransferTimeout
+            It takes longer than `timeout` seconds; the work goes on.
+        """
+        self._planner.flush(timeout)
+        if self._thread is not None:
+            self._thread.check()
+
+    def reset_pool(self, tier: Tier | str) -> int:
+        """Forget every block of one tier; return how many.
+
+        Raises
+        ------
+        BlockStateError
+            Some block is in use; nothing was forgotten.
+        """
+        return self._planner.records.reset_pool(self._pools[self._tier(tier)])
+
+    def reset_blocks(self, tier: Tier | str, hashes: HashArray) -> ResetBlocksResponse:
+        """Forget blocks of one tier by hash; those in use stay."""
+        return self._planner.records.reset_blocks(self._pools[self._tier(tier)], hashes)
+
+    def reset_all(self) -> int:
+        """Forget every block of every tier, from the top down; return how many.
+
+        Raises
+        ------
+        BlockStateError
+            Some block is in use; the tiers above it are reset already.
+        """
+        return sum(self._planner.records.reset_pool(pool) for pool in self._pools.values())
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, PoolStatus]:
+        """Count the blocks of each tier by state, and what happened there since the start, by the tier's name."""
+        return {tier.value: pool.status() for tier, pool in self._pools.items()}
+
+    def statistics(self) -> PlannerStatistics:
+        """Count hits, misses, what moved between tiers, and what was dropped, since the start."""
+        return self._planner.statistics()
 
     def subscribe_events(
         self, *, tier: Tier | str | None = None, kinds: Iterable[KvEventType | str] | None = None
-    ) -> EventSubscription:
+    ) -> MergedSubscription:
         """Read what happens to blocks from now on, in one tier and of some kinds, or all."""
-        if tier is not None and tier != Tier.DEVICE:
-            raise ConfigError(f"there is no tier {getattr(tier, 'value', tier)!r} here, use 'device'")
-        return self._pool.subscribe_events(kinds)
+        kinds = None if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
+        pools = list(self._pools.values()) if tier is None else [self._pools[self._tier(tier)]]
+        subscriptions = [pool.subscribe_events(kinds) for pool in pools]
+        if tier is not None or (kinds is not None and KvEventType.MIGRATED not in kinds):
+            return MergedSubscription(subscriptions)
+        log = MigrationLog(
+            worker_id=self.config.runtime.worker_id, metadata={"model": self.model} if self.model else None
+        )
+        self._planner.add_log(log)
+        return MergedSubscription(subscriptions, migrations=log)
 
     def check(self) -> None:
         """Verify the invariants of every pool; raise AssertionError where one is broken."""
-        self._pool.check()
+        for pool in self._pools.values():
+            pool.check()
 
-    def close(self) -> None:
-        """Refuse further calls and let go of the memory; arrays taken from blocks stay valid. May be called twice."""
-        self._pool.close()
-        self._storage.close()
+    def close(self, timeout: float | None = None) -> None:
+        """End every transfer, refuse further calls, and let go of memory and files. May be called twice.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait for bytes that still move; default ``runtime.close_timeout_s`` of the configuration. What
+            moves beyond that is left to itself, and logged. Arrays taken from blocks stay valid.
+        """
+        timeout = self.config.runtime.close_timeout_s if timeout is None else timeout
+        is_quiet = self._planner.close(timeout)
+        if self._thread is not None:
+            self._thread.stop(timeout)
+        for pool in self._pools.values():
+            pool.close()
+        if is_quiet:
+            self._executor.close()
+        for storage in self._storages.values():
+            storage.close()
 
     def __enter__(self) -> BlockManager:
         return self
@@ -310,22 +388,11 @@ class BlockManager:
         self.close()
 
     def __repr__(self) -> str:
-        return f"BlockManager(device={self._pool.total_blocks} blocks of {self.layout.block_nbytes} bytes)"
+        tiers = ", ".join(f"{tier.value}={pool.total_blocks}" for tier, pool in self._pools.items())
+        return f"BlockManager({tiers} blocks of {self.layout.block_nbytes} bytes)"
 
-
-def _only_device(device_blocks: int, host_blocks: int, disk_blocks: int) -> None:
-    if host_blocks or disk_blocks:
-        raise ConfigError(
-            f"host and disk tiers are not available in this version, got host_blocks={host_blocks}, "
-            f"disk_blocks={disk_blocks}: give 0"
-        )
-    if device_blocks < 1:
-        raise ConfigError(f"a manager needs at least one tier, got device_blocks={device_blocks}: give 1 or more")
-
-
-def _make_layout(kind: str, **dimensions: Any) -> BlockLayout:
-    if kind == "fully_contiguous":
-        return BlockLayout.fully_contiguous(**dimensions)
-    if kind in LAYOUTS:
-        return BlockLayout.layer_separate(**dimensions, block_first=kind == "layer_separate_block_first")
-    raise ConfigError(f"layout {kind!r} is not known, use {', '.join(LAYOUTS)}")
+    def _tier(self, tier: Tier | str) -> Tier:
+        if tier not in self._pools:
+            known = ", ".join(repr(known.value) for known in self._pools)
+            raise ConfigError(f"there is no tier {getattr(tier, 'value', tier)!r} here, use {known}")
+        return Tier(tier)

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 _OWN = {
     "eviction": {"lru": "kvbm.eviction.lru:LruPolicy", "fifo": "kvbm.eviction.fifo:FifoPolicy"},
+    "offload": {
+        "always": "kvbm.planner.policies.always:AlwaysPolicy",
+        "second_use": "kvbm.planner.policies.second_use:SecondUsePolicy",
+        "priority": "kvbm.planner.policies.priority:PriorityPolicy",
+    },
+    "layout": {},
+    "allocator": {},
 }
 PLUGIN_KINDS = tuple(_OWN)
 

@@ -1,60 +1,39 @@
 """BlockPool: one store, its policy, and the guards that users hold.
 
 Bookkeeping only; bytes are reached through what a manager injects. Thread-safe: the store has the one lock, counters
-have their own, and blocks dropped by the garbage collector are given back by the next call.
+have their own, and blocks dropped by the garbage collector, or released inside a store call, are given back by the
+next call.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm._backend import Backend, default_backend
-from kvbm.blocks import BlockGuard, CompleteBlocks, ImmutableBlocks, MutableBlocks
-from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable, PoolClosed
+from kvbm.blocks import BlockGuard, CompleteBlocks, ImmutableBlocks, MutableBlocks, WeakBlocks
+from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable, PluginError, PoolClosed
 from kvbm.events import EventHub, EventSubscription, KvEventType
-from kvbm.types import BlockBytes, BlockState, HashArray, IdArray, SequenceHash, Tier, hash_array, hash_list
-
-
-@dataclass(frozen=True)
-class PoolStatus:
-    """Counts of one pool at one moment; the states add up to `total_blocks`."""
-
-    name: str
-    tier: Tier
-    total_blocks: int
-    free: int
-    mutable: int
-    complete: int
-    active: int
-    inactive: int
-    hits: int  # blocks that match found, since the start
-    misses: int  # blocks asked of match that were not there
-    evictions: int
-    registered_total: int  # blocks registered, since the start
-    folded_total: int  # of these, blocks whose hash was registered already
-
-    @property
-    def available_blocks(self) -> int:
-        """Blocks that an allocation could have: free + inactive."""
-        return self.free + self.inactive
-
-
-@dataclass(frozen=True)
-class ResetBlocksResponse:
-    """What `BlockPool.reset_blocks` did with each hash; the three lists are disjoint."""
-
-    reset: list[SequenceHash]
-    not_found: list[SequenceHash]
-    in_use: list[SequenceHash]
+from kvbm.histogram import SHORT_BOUNDS_S, Histogram
+from kvbm.metadata import BlockMetadata
+from kvbm.types import (
+    BlockBytes,
+    BlockState,
+    HashArray,
+    IdArray,
+    PoolStatus,
+    ResetBlocksResponse,
+    Tier,
+    hash_array,
+    hash_list,
+)
+from kvbm.waiting import WaitList
 
 
 class BlockPool:
@@ -105,10 +84,12 @@ class BlockPool:
         self._store = backend.store(num_blocks, policy=None if getattr(policy, "is_builtin", False) else policy)
         self._hub = EventHub(self._store, tier=tier, worker_id=worker_id, metadata=event_metadata)
         self._dropped: deque[tuple[IdArray, bool]] = deque()  # left by finalisers
-        self._metadata: dict[int, Any] = {}
-        self._waiters: tuple[queue.SimpleQueue[None], ...] = ()  # replaced whole, so a finaliser may read it
-        self._lock = threading.Lock()  # counters and waiters
+        self._metadata = BlockMetadata()
+        self._waiters = WaitList()
+        self._lock = threading.Lock()  # counters and listeners
         self._hits = self._misses = self._evictions = self._registered = self._folded = 0
+        self._allocation_s = Histogram(SHORT_BOUNDS_S)
+        self._listeners: tuple[Callable[[], None], ...] = ()  # told that something was registered
         self._is_closed = False
 
     # -- the life of blocks ------------------------------------------------------------------------------------
@@ -116,15 +97,15 @@ class BlockPool:
     def try_allocate_blocks(self, n: int) -> MutableBlocks | None:
         """Take n blocks to fill, evicting where needed; None when fewer are available."""
         self._begin()
+        began = time.perf_counter()
         answer = self._store.allocate(n)
         if answer is None:
             return None
         ids, evicted = answer
-        if len(evicted):
-            with self._lock:
-                self._evictions += len(evicted)
-        if self._metadata:
-            self._forget_metadata(ids)
+        with self._lock:
+            self._evictions += len(evicted)
+            self._allocation_s.observe(time.perf_counter() - began)
+        self._metadata.forget(ids)
         return MutableBlocks(self, ids)
 
     def allocate_blocks(self, n: int, *, timeout: float | None = None) -> MutableBlocks:
@@ -134,7 +115,7 @@ class BlockPool:
         ----------
         n : int
         timeout : float, optional
-            Seconds to wait for others to release blocks; None does not wait.
+            Seconds to wait for others to release blocks, ``math.inf`` for ever; None does not wait.
 
         Raises
         ------
@@ -149,7 +130,7 @@ class BlockPool:
         if blocks is not None:
             return blocks
         if timeout is not None and n <= self.total_blocks:
-            blocks = self._wait_for_blocks(n, time.monotonic() + timeout)
+            blocks = self._waiters.wait_for(lambda: self.try_allocate_blocks(n), timeout)
         if blocks is None:
             counts = self._store.counts()
             free, inactive = counts["free"], counts["inactive"]
@@ -166,6 +147,7 @@ class BlockPool:
         if getattr(blocks, "_pool", None) is not self or blocks.state is not BlockState.COMPLETE:
             raise BlockStateError(f"pool {self.name!r} registers its own CompleteBlocks, got {blocks!r}")
         ids = blocks._take("register")
+        boxes = self._metadata.boxes() if self._metadata else {}
         try:
             primaries, folded = self._store.register(ids)
         except BaseException:
@@ -177,9 +159,10 @@ class BlockPool:
             self._registered += len(ids)
             self._folded += num_folded
         if num_folded:
-            if self._metadata:
-                self._forget_metadata(ids[folded])
-            self._wake()
+            self._metadata.empty(map(boxes.get, ids[folded].tolist()))  # their slots may have other owners by now
+            self._waiters.wake()
+        for listener in self._listeners:
+            listener()
         return ImmutableBlocks(self, primaries, blocks._hashes)
 
     def match_sequence_hashes(self, hashes: HashArray | Sequence[bytes]) -> ImmutableBlocks:
@@ -211,6 +194,28 @@ class BlockPool:
         self._begin()
         return self._store.find(hash_array(hashes))
 
+    def hold_blocks(self, ids: IdArray, hashes: HashArray) -> tuple[ImmutableBlocks, npt.NDArray[np.bool_]]:
+        """Hold the blocks that still have these hashes; give them and, (num_blocks,) bool, which they are.
+
+        Parameters
+        ----------
+        ids : (num_blocks,) int32
+            As `lookup` gave them.
+        hashes : (num_blocks, 2) uint64
+        """
+        return WeakBlocks(self, ids, hashes).upgrade_each()
+
+    def describe_blocks(self, ids: IdArray) -> tuple[HashArray, HashArray, npt.NDArray[np.uint8]]:
+        """Give hashes, parents and priorities of registered blocks by slot; see `kvbm._pure.store.Store.describe`."""
+        return self._store.describe(ids)
+
+    def restore_blocks(
+        self, ids: IdArray, hashes: HashArray, parents: HashArray, priorities: npt.NDArray[np.uint8]
+    ) -> None:
+        """Register blocks whose bytes outlived the process, as inactive, at exactly these free slots, oldest first."""
+        self._begin()
+        self._store.restore(ids, hashes, parents, priorities)
+
     def touch_blocks(self, hashes: HashArray) -> int:
         """Make blocks young again; return how many of the hashes are registered."""
         self._begin()
@@ -222,16 +227,23 @@ class BlockPool:
         return self._store.set_priority(hash_array(hashes), priority)
 
     def discard_blocks(self, blocks: ImmutableBlocks) -> None:
-        """Unpublish blocks at once, e.g. corrupt ones; they are free again when nobody holds them."""
+        """Unpublish blocks at once, e.g. corrupt ones; they are free again when nobody holds them.
+
+        Another holder may have done so before. The guard stays as it is.
+        """
         self._begin()
-        self._store.discard(blocks.block_ids)
+        if blocks.state is not BlockState.ACTIVE or not blocks.is_of(self):
+            raise BlockStateError(f"pool {self.name!r} discards its own ImmutableBlocks, got {blocks!r}")
+        ids = blocks.block_ids
+        self._store.discard(ids)
+        self._metadata.forget(ids)
 
     def reset_blocks(self, hashes: HashArray) -> ResetBlocksResponse:
         """Forget blocks by hash; those in use stay."""
         self._begin()
         reset, not_found, busy = self._store.remove(hash_array(hashes))
         self._sweep_metadata()
-        self._wake()
+        self._waiters.wake()
         return ResetBlocksResponse(hash_list(reset), hash_list(not_found), hash_list(busy))
 
     def reset(self) -> int:
@@ -245,7 +257,7 @@ class BlockPool:
         self._begin()
         num_blocks = self._store.clear()
         self._sweep_metadata()
-        self._wake()
+        self._waiters.wake()
         return num_blocks
 
     # -- looking -----------------------------------------------------------------------------------------------
@@ -289,6 +301,16 @@ class BlockPool:
         self._begin()
         return self._hub.subscribe(kinds)
 
+    def allocation_times(self) -> Histogram:
+        """Give how long allocations took, in seconds, since the start."""
+        with self._lock:
+            return self._allocation_s.copy()
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Call back after each registration, in the thread that registers; must be quick and not call the pool."""
+        with self._lock:
+            self._listeners = (*self._listeners, listener)
+
     def check(self) -> None:
         """Verify the store's invariants; raise AssertionError where one is broken. Cost grows with the pool."""
         self._reap()
@@ -297,7 +319,7 @@ class BlockPool:
     def close(self) -> None:
         """Refuse further calls; guards can still be released."""
         self._is_closed = True
-        self._wake()
+        self._waiters.wake()
 
     # -- what guards call --------------------------------------------------------------------------------------
 
@@ -312,15 +334,18 @@ class BlockPool:
         return self._store.acquire(ids, hashes)
 
     def release_ids(self, ids: IdArray, *, is_registered: bool) -> None:
-        """Drop one reference on each block."""
-        if self._dropped:
-            self._reap()
-        self._give_back(ids, is_registered)
+        """Drop one reference on each block, or leave that to the next call where this thread is in a store call."""
+        try:
+            if self._dropped:
+                self._reap()
+            self._give_back(ids, is_registered)
+        except PluginError:  # the store refuses to be called back, before it changes anything
+            self.drop_ids(ids, is_registered)
 
     def drop_ids(self, ids: IdArray, is_registered: bool) -> None:
         """Leave a collected guard's ids for the next call; takes no lock."""
         self._dropped.append((ids, is_registered))
-        self._wake()
+        self._waiters.wake()
 
     def get_metadata(self, block_id: int) -> Any:
         """Give the user's object of a block, None without."""
@@ -328,7 +353,7 @@ class BlockPool:
 
     def set_metadata(self, block_id: int, value: Any) -> None:
         """Keep a user's object with a block."""
-        self._metadata[block_id] = value
+        self._metadata.set(block_id, value)
 
     # -- private -----------------------------------------------------------------------------------------------
 
@@ -345,43 +370,23 @@ class BlockPool:
                 ids, is_registered = self._dropped.popleft()
             except IndexError:
                 return
-            self._give_back(ids, is_registered)
+            try:
+                self._give_back(ids, is_registered)
+            except PluginError:  # called from inside a store call: the next caller does it
+                self._dropped.appendleft((ids, is_registered))
+                raise
         self._hub.reap()
 
     def _give_back(self, ids: IdArray, is_registered: bool) -> None:
-        if not is_registered and self._metadata:
-            self._forget_metadata(ids)
+        if not is_registered:
+            self._metadata.forget(ids)
         self._store.release(ids)
-        if self._waiters:
-            self._wake()
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            waiter.put(None)
-
-    def _wait_for_blocks(self, n: int, deadline: float) -> MutableBlocks | None:
-        waiter: queue.SimpleQueue[None] = queue.SimpleQueue()
-        with self._lock:
-            self._waiters = (*self._waiters, waiter)
-        try:
-            while (blocks := self.try_allocate_blocks(n)) is None:
-                remaining_s = deadline - time.monotonic()
-                if remaining_s <= 0:
-                    return None
-                try:
-                    waiter.get(timeout=remaining_s)
-                except queue.Empty:
-                    return self.try_allocate_blocks(n)
-            return blocks
-        finally:
-            with self._lock:
-                self._waiters = tuple(other for other in self._waiters if other is not waiter)
-
-    def _forget_metadata(self, ids: IdArray) -> None:
-        for block_id in ids.tolist():
-            self._metadata.pop(block_id, None)
+        self._waiters.wake()
 
     def _sweep_metadata(self) -> None:
-        if self._metadata:
-            ids = np.array(list(self._metadata), dtype=np.int32)
-            self._forget_metadata(ids[self._store.states(ids) == BlockState.FREE])
+        boxes = self._metadata.boxes()
+        if boxes:
+            states = self._store.states(np.array(list(boxes), dtype=np.int32))
+            self._metadata.empty(
+                box for box, state in zip(boxes.values(), states, strict=True) if state == BlockState.FREE
+            )

@@ -75,7 +75,7 @@ class TransferEngine:
                 f"{num_workers} and {queue_size}"
             )
         self._backend = backend or default_backend()
-        self._num_threads = num_threads or min(4, os.cpu_count() or 1)
+        self.num_threads = num_threads or min(4, os.cpu_count() or 1)
         self._small_nbytes = small_nbytes
         self._queue_size = queue_size
         self._waiting: deque[Callable[[], None]] = deque()
@@ -159,6 +159,14 @@ class TransferEngine:
             self._submit(run)
         return transfer
 
+    def compute_checksums(self, storage: Storage, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.uint64]:
+        """Compute the checksums of blocks where they lie, in the storage's own order: (num_blocks,) uint64."""
+        bound = storage.bound
+        plan = plan_copy(bound, bound, block_ids, block_ids)
+        return self._backend.checksum_blocks(
+            plan.source_blocks, plan.source_pieces, plan.piece_nbytes, hash_array(hashes), num_threads=self.num_threads
+        )
+
     def close(self, timeout: float | None = None) -> None:
         """Finish what was submitted and stop the workers; may be called again.
 
@@ -225,7 +233,8 @@ class TransferEngine:
     ) -> CopyResult:
         (source, from_ids), (destination, to_ids) = origin, target
         good = np.ones(plan.num_blocks, dtype=np.bool_)
-        destination.has_checksum[to_ids] = False
+        if destination.keeps_checksums:
+            destination.has_checksum[to_ids] = False
         checksums = None
         if plan.num_blocks:
             checksums = self._backend.copy_blocks(
@@ -235,22 +244,15 @@ class TransferEngine:
                 plan.destination_pieces,
                 plan.piece_nbytes,
                 hashes=names,
-                num_threads=self._num_threads,
+                num_threads=self.num_threads,
             )
-        if checksums is not None:
+        if checksums is not None and names is not None:
             # The pieces stand in the source's logical order, so these are the checksums that the source keeps.
-            good = ~source.has_checksum[from_ids] | (source.checksums[from_ids] == checksums)
-            if plan.kind == "permute":
-                checksums = self._checksums_of(target, names)
-            destination.checksums[to_ids[good]] = checksums[good]
-            destination.has_checksum[to_ids[good]] = True
+            if source.keeps_checksums:
+                good = ~source.has_checksum[from_ids] | (source.checksums[from_ids] == checksums)
+            if destination.keeps_checksums:
+                if plan.kind == "permute":
+                    checksums = self.compute_checksums(destination, to_ids, names)
+                destination.checksums[to_ids[good]] = checksums[good]
+                destination.has_checksum[to_ids[good]] = True
         return CopyResult(plan.num_blocks, plan.nbytes, good)
-
-    def _checksums_of(self, target: tuple[Storage, IdArray], names: HashArray | None) -> npt.NDArray[np.uint64]:
-        """Compute checksums in the storage's own order, after a copy that changed the order."""
-        assert names is not None
-        bound = target[0].bound
-        plan = plan_copy(bound, bound, target[1], target[1])
-        return self._backend.checksum_blocks(
-            plan.source_blocks, plan.source_pieces, plan.piece_nbytes, names, num_threads=self._num_threads
-        )

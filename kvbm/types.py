@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -158,9 +159,45 @@ class BytesView(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def is_writable(self) -> bool: ...
+    def assign(self, data: Any, *, dtype: str) -> None: ...
     def numpy(self) -> npt.NDArray[Any]: ...
     def __dlpack__(self, **kwargs: Any) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True)
+class PoolStatus:
+    """Counts of one pool at one moment; the states add up to `total_blocks`."""
+
+    name: str
+    tier: Tier
+    total_blocks: int
+    free: int
+    mutable: int
+    complete: int
+    active: int
+    inactive: int
+    hits: int  # blocks that match found, since the start
+    misses: int  # blocks asked of match that were not there
+    evictions: int
+    registered_total: int  # blocks registered, since the start
+    folded_total: int  # of these, blocks whose hash was registered already
+
+    @property
+    def available_blocks(self) -> int:
+        """Blocks that an allocation could have: free + inactive."""
+        return self.free + self.inactive
+
+
+@dataclass(frozen=True)
+class ResetBlocksResponse:
+    """What `BlockPool.reset_blocks` did with each hash; the three lists are disjoint."""
+
+    reset: list[SequenceHash]
+    not_found: list[SequenceHash]
+    in_use: list[SequenceHash]
 
 
 class BlockBytes(Protocol):

@@ -5,8 +5,11 @@
 //   slot, 32 bits:     | tag, what the id leaves | id + 1 |            0 is empty; a tag is never 0
 //
 // An entry lies in the first bucket from its home on that had room. `passed` counts the entries that went past a bucket,
-// so a search ends where it is 0 and a removal is exact. Equal tags are told apart by the record's full hash.
+// so a search ends where it is 0 and a removal is exact. Chosen hashes can make it nonzero everywhere: a search also ends
+// when it has been round. Equal tags are told apart by the record's full hash.
 #pragma once
+
+#include <vector>
 
 #include "records.hpp"
 
@@ -43,14 +46,29 @@ class BlockTable {
   int32_t find(const Hash& hash) const {
     const uint64_t mixed = mix(hash);
     const uint32_t tag = tag_of(mixed);
+    size_t num_left = num_buckets_;
     for (size_t at = home_of(mixed);; at = after(at)) {
       const Bucket& bucket = buckets_[at];
       for (uint32_t lanes = lanes_with(bucket, tag); lanes != 0; lanes &= lanes - 1) {
         const int32_t id = id_of(bucket.slots[__builtin_ctz(lanes)]);
         if (records_[id].hash == hash) return id;
       }
-      if (bucket.passed == 0) return NONE;
+      if (bucket.passed == 0 || --num_left == 0) return NONE;
     }
+  }
+
+  // Ids of hashes, NONE where absent; the number looked up. Three stages run kAhead entries apart: fetch the bucket,
+  // fetch the record, compare.
+  int64_t find_batch(const Hash* hashes, int64_t n, int32_t* ids, bool stops_at_miss) const {
+    for (int64_t i = 0; i < n + 2 * kAhead; ++i) {
+      if (i < n) prefetch_bucket(hashes[i]);
+      if (i >= kAhead && i - kAhead < n) ids[i - kAhead] = guess(hashes[i - kAhead]);
+      const int64_t at = i - 2 * kAhead;
+      if (at < 0) continue;
+      ids[at] = confirm(hashes[at], ids[at]);
+      if (ids[at] == NONE && stops_at_miss) return at;
+    }
+    return n;
   }
 
   // The id that has the hash already, or else `id`, which then has it.
@@ -90,7 +108,19 @@ class BlockTable {
     return used;
   }
 
+  // Whether `passed` of each bucket is the number of entries that lie beyond it on their way from home.
+  bool counts_are_right() const {
+    std::vector<uint32_t> passed(num_buckets_);
+    for (size_t lies = 0; lies < num_buckets_; ++lies)
+      for (uint32_t slot : buckets_[lies].slots)
+        if (slot != 0)
+          for (size_t at = home_of(mix(records_[id_of(slot)].hash)); at != lies; at = after(at)) ++passed[at];
+    for (size_t at = 0; at < num_buckets_; ++at) if (passed[at] != buckets_[at].passed) return false;
+    return true;
+  }
+
  private:
+  static constexpr int64_t kAhead = 8;
   static constexpr size_t kLoad = 8;   // blocks to a bucket: one in a hundred buckets is full
   static constexpr int kSlots = 15;
 

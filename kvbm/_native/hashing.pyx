@@ -102,7 +102,8 @@ def _count_blocks(key, parent, tokens, block_size, extras):
     return num_blocks
 
 
-cdef const uint8_t* _bytes_of(bytes value) noexcept:
+cdef const uint8_t* _bytes_of(object value) noexcept:
+    """The data of a bytes object or of a subclass, as `isinstance` has found it to be."""
     return <const uint8_t*>PyBytes_AS_STRING(value)
 
 

@@ -22,11 +22,11 @@ enum class FaultKind : int { none, state, stale, priority };
 // Why a batch was refused; the batch has changed nothing.
 struct Fault {
   FaultKind kind = FaultKind::none;
-  int64_t value = 0;  // block id, or priority
+  int64_t value = 0;  // block id, or place of the priority in its batch
   int label = FREE;   // the state it is in, or would be in by then
 };
 
-enum Flags : uint8_t { IS_DISCARDED = 1 };
+enum Flags : uint8_t { IS_DISCARDED = 1, IS_CHOSEN = 2 };  // IS_CHOSEN: only during a call
 
 // Two records share a cache line. prev and next link the free list or one eviction list; a block is in at most one.
 struct Record {

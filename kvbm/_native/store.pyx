@@ -14,21 +14,11 @@ cimport numpy as cnp
 
 from kvbm._native.batches cimport _hashes, _ids, _is_hash_batch, _is_id_batch, _len, _mask, _new_hashes, _new_ids, _new_mask
 from kvbm._native.store_core cimport (
-    ACTIVE,
-    COMPLETE,
-    FREE,
-    INACTIVE,
-    MUTABLE,
-    NO_FAULT,
-    STALE_FAULT,
-    STATE_FAULT,
-    Fault,
-    OutboxRow,
-    OwnedLock,
-    StoreCore,
-    check,
-    kind_of,
+    ACTIVE, COMPLETE, FREE, INACTIVE, MUTABLE, NO_FAULT, STALE_FAULT, STATE_FAULT,
+    Fault, OutboxRow, OwnedLock, StoreCore, check, kind_of,
 )
+
+from operator import index
 
 import numpy as np
 
@@ -60,7 +50,7 @@ cdef class Store:
     cdef readonly int num_blocks
 
     def __cinit__(self, num_blocks, *, policy=None, outbox_capacity=65536):
-        if not 1 <= num_blocks <= 2**31 - 2:
+        if not 1 <= index(num_blocks) <= 2**31 - 2:
             raise wrong_num_blocks(num_blocks)
         self.num_blocks = num_blocks
         self._core.reset(new StoreCore(num_blocks, policy is None, outbox_capacity))
@@ -70,20 +60,21 @@ cdef class Store:
                 is_inactive=self._is_inactive,
             )
 
-    def allocate(self, int64_t n):
+    def allocate(self, n):
         """Take n blocks: free ones first, then evicted ones; None and nothing taken when there are fewer."""
-        if n < 0:
+        if index(n) < 0:
             raise negative_count(n)
         cdef StoreCore* core = self._core.get()
+        cdef int64_t num_wanted = min(index(n), 2**31)  # no pool has as many
         cdef int64_t num_free, num_evicted
         cdef cnp.ndarray ids, evicted
         self._enter()
         try:
-            if n > core.available():
+            if num_wanted > core.available():
                 return None
-            num_free = min(n, core.num_free())
-            num_evicted = n - num_free
-            ids = _new_ids(n)
+            num_free = min(num_wanted, core.num_free())
+            num_evicted = num_wanted - num_free
+            ids = _new_ids(num_wanted)
             evicted = _new_hashes(num_evicted)
             if self._plugged is not None:
                 ids[num_free:] = self._plugged.pop(num_evicted)
@@ -187,7 +178,7 @@ cdef class Store:
 
     def set_priority(self, hashes, priority):
         """Set how long blocks are kept, 0 to 100; return how many entries are registered."""
-        if not 0 <= priority <= 100:
+        if not 0 <= index(priority) <= 100:
             raise wrong_priority(priority)
         cdef cnp.ndarray names = _hash_batch(hashes)
         cdef list changed
@@ -230,7 +221,8 @@ cdef class Store:
     def restore(self, ids, hashes, parents, priorities):
         """Put blocks back as inactive at exactly these ids, oldest first."""
         cdef cnp.ndarray names = _hash_batch(hashes), above = _hash_batch(parents)
-        cdef cnp.ndarray levels = np.array([int(priority) for priority in priorities], dtype=np.int64)
+        cdef list given = [index(priority) for priority in priorities]
+        cdef cnp.ndarray levels = np.array([min(max(level, -1), 101) for level in given], dtype=np.int64)
         cdef cnp.ndarray batch = self._batch(ids, hashes=names, parents=above, priorities=levels)
         self._enter()
         cdef Fault fault
@@ -241,7 +233,7 @@ cdef class Store:
                 self._plugged.inserted(self._noted(), levels.tolist())
         finally:
             self._lock.unlock()
-        _raise(fault, "free", "restore")
+        _raise(fault, "free", "restore", given)
 
     def clear(self):
         """Free every inactive block; raise and change nothing when any block is in use."""
@@ -274,29 +266,46 @@ cdef class Store:
         self._lock.unlock()
         return np.array(states, dtype=np.uint8)
 
+    def describe(self, ids):
+        """Give hash, parent and priority of each id; zeros and the default where it is not registered."""
+        cdef cnp.ndarray batch = self._batch(ids)
+        cdef cnp.ndarray hashes = _new_hashes(_len(batch)), parents = _new_hashes(_len(batch))
+        cdef cnp.ndarray priorities = np.empty(_len(batch), dtype=np.uint8)
+        self._enter()
+        self._core.get().describe(
+            _ids(batch), _len(batch), _hashes(hashes), _hashes(parents), <uint8_t*>cnp.PyArray_DATA(priorities)
+        )
+        self._lock.unlock()
+        return hashes, parents, priorities
+
     def registered(self):
         """Give ids, hashes and parents of all registered blocks by id, and the last outbox sequence number."""
         cdef StoreCore* core = self._core.get()
         cdef int32_t block_id
         cdef int64_t n = 0
+        cdef cnp.ndarray ids, hashes, parents
         self._enter()
-        cdef cnp.ndarray ids = _new_ids(core.counts[ACTIVE] + core.counts[INACTIVE])
-        cdef cnp.ndarray hashes = _new_hashes(_len(ids)), parents = _new_hashes(_len(ids))
-        for block_id in range(self.num_blocks):
-            if core.is_published(block_id):
-                _ids(ids)[n] = block_id
-                _hashes(hashes)[n] = core.record(block_id).hash
-                _hashes(parents)[n] = core.parent(block_id)
-                n += 1
-        seq = core.outbox.last_seq()
-        self._lock.unlock()
-        return ids[:n], hashes[:n], parents[:n], seq
+        try:
+            ids = _new_ids(core.counts[ACTIVE] + core.counts[INACTIVE])
+            hashes, parents = _new_hashes(_len(ids)), _new_hashes(_len(ids))
+            for block_id in range(self.num_blocks):
+                if core.is_published(block_id):
+                    _ids(ids)[n] = block_id
+                    _hashes(hashes)[n] = core.record(block_id).hash
+                    _hashes(parents)[n] = core.parent(block_id)
+                    n += 1
+            return ids[:n], hashes[:n], parents[:n], core.outbox.last_seq()
+        finally:
+            self._lock.unlock()
 
     def check(self):
         """Verify the invariants; raise AssertionError where one is broken."""
+        cdef const char* broken
         self._enter()
-        cdef const char* broken = check(self._core.get()[0])
-        self._lock.unlock()
+        try:
+            broken = check(self._core.get()[0])
+        finally:
+            self._lock.unlock()
         if broken is not NULL:
             raise AssertionError(broken.decode())
 
@@ -312,13 +321,16 @@ cdef class Store:
         self._core.get().outbox.unsubscribe()
         self._lock.unlock()
 
-    def drain(self, size_t max_rows):
+    def drain(self, max_rows):
         """Take up to max_rows outbox rows, oldest first, as an `OUTBOX_DTYPE` array."""
         cdef cnp.ndarray rows
+        cdef size_t limit = min(max(index(max_rows), 0), 2**62)
         self._enter()
-        rows = np.empty(min(max_rows, self._core.get().outbox.size()), dtype=OUTBOX_DTYPE)
-        self._core.get().outbox.drain(<OutboxRow*>cnp.PyArray_DATA(rows), _len(rows))
-        self._lock.unlock()
+        try:
+            rows = np.empty(min(limit, self._core.get().outbox.size()), dtype=OUTBOX_DTYPE)
+            self._core.get().outbox.drain(<OutboxRow*>cnp.PyArray_DATA(rows), _len(rows))
+        finally:
+            self._lock.unlock()
         return rows
 
     cdef int _enter(self) except -1:
@@ -374,7 +386,7 @@ cdef cnp.ndarray _distinct(cnp.ndarray names):
     return names[np.sort(first)]
 
 
-cdef int _raise(const Fault& fault, str needed, str verb) except -1:
+cdef int _raise(const Fault& fault, str needed, str verb, list priorities=None) except -1:
     """Raise what a refused batch calls for."""
     cdef int kind = kind_of(fault.kind)
     if kind == NO_FAULT:
@@ -383,4 +395,4 @@ cdef int _raise(const Fault& fault, str needed, str verb) except -1:
         raise wrong_state(fault.value, LABELS[fault.label], needed, verb)
     if kind == STALE_FAULT:
         raise stale_restore(fault.value)
-    raise wrong_priority(fault.value)
+    raise wrong_priority(priorities[fault.value])

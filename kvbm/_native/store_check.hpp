@@ -18,6 +18,7 @@ inline const char* check(const StoreCore& core) {
   }
   for (int s = 0; s < 5; ++s) if (seen[s] != core.counts[s]) return "counts";
   if (int64_t(core.table_.count()) != num_published) return "hashes without a block";
+  if (!core.table_.counts_are_right()) return "counts of passed entries in the index";
   for (int32_t id = core.free_.head(); id != NONE; id = core.records_[id].next, ++num_free)
     if (core.records_[id].state != FREE || num_free > core.num_blocks_) return "free list";
   for (int32_t id = core.free_.unused(); id < core.num_blocks_; ++id, ++num_free)

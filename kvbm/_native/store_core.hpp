@@ -1,8 +1,8 @@
 // The native store without Python: states, references, hashes, order of eviction. The caller holds the lock.
 //
 // Every call validates its whole batch first and answers with a Fault, or changes everything. Batches are worked off in
-// passes over slices of kSlice entries: one pass prefetches what the next one reads. Where a policy of the user's
-// decides about eviction (has_lists false), ids that it must be told of are left in `noted`.
+// passes over slices of kSlice entries: one pass prefetches what the next one reads. Where a policy of the user's decides
+// about eviction (has_lists false), ids that it must be told of are left in `noted`.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 namespace kvbm {
 
 constexpr int64_t kSlice = 256;
-constexpr int64_t kAhead = 8;
 
 class StoreCore {
  public:
@@ -142,12 +141,12 @@ class StoreCore {
 
   // Length of the registered prefix; one reference on each of its blocks.
   int64_t match(const Hash* hashes, int64_t n, int32_t* ids) {
-    const int64_t found = look_up(hashes, n, ids, true);
+    const int64_t found = table_.find_batch(hashes, n, ids, true);
     reference_batch(ids, found);
     return found;
   }
 
-  void find(const Hash* hashes, int64_t n, int32_t* ids) { look_up(hashes, n, ids, false); }
+  void find(const Hash* hashes, int64_t n, int32_t* ids) { table_.find_batch(hashes, n, ids, false); }
 
   void acquire(const int32_t* ids, const Hash* hashes, int64_t n, bool* mask) {
     for (int64_t i = 0; i < n; ++i) {
@@ -201,20 +200,24 @@ class StoreCore {
     }
   }
 
+  // A block in use that is discarded already, here or before, stays so.
   Fault discard(const int32_t* ids, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       Record& record = records_[ids[i]];
-      if (record.state >= ACTIVE && !(record.flags & IS_DISCARDED)) {
-        record.flags |= IS_DISCARDED;
+      const bool is_again = record.flags & (IS_DISCARDED | IS_CHOSEN);
+      if (record.state == ACTIVE || (record.state == INACTIVE && !is_again)) {
+        if (!is_again) record.flags |= IS_CHOSEN;
         continue;
       }
-      int label = label_of(record);
-      if (record.state == INACTIVE) label = FREE;  // flagged a moment ago: an earlier entry freed it
-      for (int64_t j = 0; j < i; ++j) records_[ids[j]].flags &= uint8_t(~IS_DISCARDED);
+      const int label = record.state == INACTIVE ? int(FREE) : label_of(record);  // an earlier entry freed it
+      for (int64_t j = 0; j < i; ++j) records_[ids[j]].flags &= uint8_t(~IS_CHOSEN);
       return Fault{FaultKind::state, ids[i], label};
     }
     for (int64_t i = 0; i < n; ++i) {
-      if (records_[ids[i]].state == INACTIVE) free_inactive(ids[i]); else unpublish(ids[i]);
+      Record& record = records_[ids[i]];
+      if (!(record.flags & IS_CHOSEN)) continue;
+      record.flags = record.state == ACTIVE ? IS_DISCARDED : 0;
+      if (record.state == ACTIVE) unpublish(ids[i]); else free_inactive(ids[i]);
     }
     return Fault{};
   }
@@ -238,7 +241,7 @@ class StoreCore {
       }
       if (priorities[done] < 0 || priorities[done] >= NUM_PRIORITIES) {
         table_.erase(hashes[done], ids[done]);
-        fault = Fault{FaultKind::priority, priorities[done], FREE};
+        fault = Fault{FaultKind::priority, done, FREE};
         break;
       }
       record.state = INACTIVE;
@@ -276,9 +279,18 @@ class StoreCore {
 
   const Record& record(int32_t id) const { return records_[id]; }
   const Hash& parent(int32_t id) const { return parents_[id]; }
-
   bool is_published(int32_t id) const {
     return records_[id].state >= ACTIVE && !(records_[id].flags & IS_DISCARDED);
+  }
+
+  // Zero hashes and the default priority where a block is not registered.
+  void describe(const int32_t* ids, int64_t n, Hash* hashes, Hash* parents, uint8_t* priorities) const {
+    for (int64_t i = 0; i < n; ++i) {
+      const bool is_named = is_published(ids[i]);
+      hashes[i] = is_named ? records_[ids[i]].hash : Hash{0, 0};
+      parents[i] = is_named ? parents_[ids[i]] : Hash{0, 0};
+      priorities[i] = is_named ? records_[ids[i]].priority : DEFAULT_PRIORITY;
+    }
   }
 
   friend const char* check(const StoreCore& core);
@@ -359,19 +371,6 @@ class StoreCore {
     if (has_lists_) lists_.remove(id); else noted.push_back(id);
     unpublish(id);
     make_free(id);
-  }
-
-  // Ids of hashes, -1 where absent. Three stages run kAhead entries apart: fetch the bucket, fetch the record, compare.
-  int64_t look_up(const Hash* hashes, int64_t n, int32_t* ids, bool stops_at_miss) {
-    for (int64_t i = 0; i < n + 2 * kAhead; ++i) {
-      if (i < n) table_.prefetch_bucket(hashes[i]);
-      if (i >= kAhead && i - kAhead < n) ids[i - kAhead] = table_.guess(hashes[i - kAhead]);
-      const int64_t at = i - 2 * kAhead;
-      if (at < 0) continue;
-      ids[at] = table_.confirm(hashes[at], ids[at]);
-      if (ids[at] == NONE && stops_at_miss) return at;
-    }
-    return n;
   }
 
   int32_t num_blocks_;

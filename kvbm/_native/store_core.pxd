@@ -46,6 +46,7 @@ cdef extern from "store_core.hpp" namespace "kvbm" nogil:
         void find(const Hash* hashes, int64_t n, int32_t* ids)
         void acquire(const int32_t* ids, const Hash* hashes, int64_t n, cbool* mask)
         int64_t touch(const Hash* hashes, int64_t n)
+        void describe(const int32_t* ids, int64_t n, Hash* hashes, Hash* parents, uint8_t* priorities)
         int64_t set_priority(const Hash* hashes, int64_t n, uint8_t priority)
         void remove(const Hash* hashes, int64_t n, uint8_t* outcome)
         Fault discard(const int32_t* ids, int64_t n)
@@ -65,7 +66,7 @@ cdef extern from "store_core.hpp" nogil:
     int kind_of "int" (FaultKind kind)
 
 cdef extern from "store_check.hpp" namespace "kvbm" nogil:
-    const char* check(const StoreCore& core)
+    const char* check(const StoreCore& core) except +
 
 cdef extern from "owned_lock.hpp" namespace "kvbm" nogil:
     cdef cppclass OwnedLock:

@@ -1,9 +1,14 @@
-"""The store's lock: knows its holder, so that a call from inside a call is an error and never a deadlock."""
+"""The store's lock: knows its holder, so that a call from inside a call is an error and never a deadlock.
+
+A signal's handler may raise between any two lines of Python, so that none of them may stand between taking the lock and
+the block that gives it back: ``with`` gets the interpreter's own lock.
+"""
 
 from __future__ import annotations
 
 import threading
-from types import TracebackType
+from contextlib import AbstractContextManager
+from typing import Any
 
 from kvbm.errors import called_back
 
@@ -12,18 +17,10 @@ class OwnedLock:
     """A lock that answers its own holder with an error instead of a deadlock."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner = 0
+        self._lock: Any = threading.RLock()  # for it tells its owner; nobody ever holds it twice
 
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        if self._owner == me:
+    def unless_mine(self) -> AbstractContextManager[bool]:
+        """Give what to enter; raise `PluginError` where this thread has the lock already."""
+        if self._lock._is_owned():
             raise called_back()
-        self._lock.acquire()
-        self._owner = me
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._owner = 0
-        self._lock.release()
+        return self._lock  # type: ignore[no-any-return]

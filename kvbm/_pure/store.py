@@ -6,6 +6,7 @@ block is first used. The native twin keeps the same contract; a test compares ev
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvbm._pure.batches import ids_in, names_of, to_hash_array, to_id_array
 from kvbm._pure.containers import ZERO, BlockRecord, FreeList, LruQueue, Outbox
 from kvbm._pure.invariants import check_queues, check_records, check_registry
 from kvbm._pure.lock import OwnedLock
+from kvbm._pure.refusals import label_of, need_references, need_state
 from kvbm.errors import (
     in_use,
     negative_count,
@@ -51,7 +53,7 @@ class Store:
     """
 
     def __init__(self, num_blocks: int, *, policy: Any = None, outbox_capacity: int = 65536) -> None:
-        if not 1 <= num_blocks <= 2**31 - 2:
+        if not 1 <= index(num_blocks) <= 2**31 - 2:
             raise wrong_num_blocks(num_blocks)
         self.num_blocks = num_blocks
         self._lock = OwnedLock()
@@ -66,9 +68,9 @@ class Store:
 
     def allocate(self, n: int) -> tuple[IdArray, HashArray] | None:
         """Take n blocks: free ones first, then evicted ones; None and nothing taken when there are fewer."""
-        if n < 0:
+        if index(n) < 0:
             raise negative_count(n)
-        with self._lock:
+        with self._lock.unless_mine():
             if n > self._num_in_state[FREE] + self._num_in_state[INACTIVE]:
                 return None
             num_free = min(n, len(self._free))
@@ -85,8 +87,8 @@ class Store:
         """Name filled blocks: MUTABLE -> COMPLETE."""
         names, above = names_of(hashes), names_of(parents)
         block_ids = ids_in(self.num_blocks, ids, hashes=names, parents=above)
-        with self._lock:
-            self._need(block_ids, MUTABLE, COMPLETE, "complete")
+        with self._lock.unless_mine():
+            need_state(self._records, block_ids, MUTABLE, COMPLETE, "complete")
             for block_id, name, parent in zip(block_ids, names, above, strict=True):
                 self._move(block_id, COMPLETE, references=1)
                 record = self._records[block_id]
@@ -95,8 +97,8 @@ class Store:
     def register(self, ids: IdArray) -> tuple[IdArray, npt.NDArray[np.bool_]]:
         """Publish complete blocks; one whose hash is registered already folds onto the primary."""
         block_ids = ids_in(self.num_blocks, ids)
-        with self._lock:
-            self._need(block_ids, COMPLETE, ACTIVE, "register")
+        with self._lock.unless_mine():
+            need_state(self._records, block_ids, COMPLETE, ACTIVE, "register")
             primaries, folded = [], []
             revived: list[int] = []
             for block_id in block_ids:
@@ -117,8 +119,8 @@ class Store:
     def release(self, ids: IdArray) -> int:
         """Drop one reference for each entry, last entry first; return how many became free or inactive."""
         block_ids = ids_in(self.num_blocks, ids)
-        with self._lock:
-            self._need_references(block_ids)
+        with self._lock.unless_mine():
+            need_references(self._records, block_ids)
             freed, inserted = [], []
             for block_id in reversed(block_ids):
                 record = self._records[block_id]
@@ -140,7 +142,7 @@ class Store:
     def match(self, hashes: HashArray) -> IdArray:
         """Find the longest registered prefix and take one reference on each of its blocks."""
         names = names_of(hashes)
-        with self._lock:
+        with self._lock.unless_mine():
             ids: list[int] = []
             revived: list[int] = []
             for name in names:
@@ -155,14 +157,14 @@ class Store:
     def find(self, hashes: HashArray) -> IdArray:
         """Give the id of each hash, -1 where absent; changes nothing."""
         names = names_of(hashes)
-        with self._lock:
+        with self._lock.unless_mine():
             return to_id_array([self._registry.get(name, -1) for name in names])
 
     def acquire(self, ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
         """Take one reference where the id still holds that hash; return where."""
         names = names_of(hashes)
         block_ids = ids_in(self.num_blocks, ids, hashes=names)
-        with self._lock:
+        with self._lock.unless_mine():
             revived: list[int] = []
             mask = []
             for block_id, name in zip(block_ids, names, strict=True):
@@ -177,17 +179,17 @@ class Store:
     def touch(self, hashes: HashArray) -> int:
         """Make blocks young again, last entry first; return how many entries are registered."""
         names = names_of(hashes)
-        with self._lock:
+        with self._lock.unless_mine():
             found = [self._registry[name] for name in reversed(names) if name in self._registry]
             self._inactive.touched([i for i in found if self._records[i].state is INACTIVE])
             return len(found)
 
     def set_priority(self, hashes: HashArray, priority: int) -> int:
         """Set how long blocks are kept, 0 to 100; return how many entries are registered."""
-        if not 0 <= priority <= MAX_PRIORITY:
+        if not 0 <= index(priority) <= MAX_PRIORITY:
             raise wrong_priority(priority)
         names = names_of(hashes)
-        with self._lock:
+        with self._lock.unless_mine():
             found = [self._registry[name] for name in reversed(names) if name in self._registry]
             changed = []
             for block_id in found:
@@ -203,7 +205,7 @@ class Store:
     def remove(self, hashes: HashArray) -> tuple[HashArray, HashArray, HashArray]:
         """Free inactive blocks by hash; return the hashes reset, not found, and in use."""
         names = list(dict.fromkeys(names_of(hashes)))
-        with self._lock:
+        with self._lock.unless_mine():
             reset, not_found, busy, ids = [], [], [], []
             for name in names:
                 block_id = self._registry.get(name)
@@ -218,19 +220,20 @@ class Store:
             return to_hash_array(reset), to_hash_array(not_found), to_hash_array(busy)
 
     def discard(self, ids: IdArray) -> None:
-        """Unpublish blocks at once; they are FREE when nobody holds them."""
+        """Unpublish blocks at once, unless they are already; they are FREE when nobody holds them."""
         block_ids = ids_in(self.num_blocks, ids)
-        with self._lock:
-            seen: set[int] = set()
+        with self._lock.unless_mine():
+            chosen: dict[int, None] = {}
             for block_id in block_ids:
-                label = self._label(block_id)
-                if block_id in seen:
-                    label = "free" if label == "inactive" else "discarded"
-                if label not in ("active", "inactive"):
+                label = label_of(self._records, block_id)
+                if block_id in chosen and label == "inactive":
+                    label = "free"
+                if label not in ("active", "inactive", "discarded"):
                     raise wrong_state(block_id, label, "active or inactive", "discard")
-                seen.add(block_id)
+                if label != "discarded":
+                    chosen[block_id] = None
             freed = []
-            for block_id in block_ids:
+            for block_id in chosen:
                 self._unpublish(block_id)
                 if self._records[block_id].state is INACTIVE:
                     self._make_free(block_id)
@@ -243,13 +246,13 @@ class Store:
     def restore(self, ids: IdArray, hashes: HashArray, parents: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
         """Put blocks back as inactive at exactly these ids, oldest first."""
         names, above = names_of(hashes), names_of(parents)
-        levels = [int(priority) for priority in priorities]
+        levels = [index(priority) for priority in priorities]
         block_ids = ids_in(self.num_blocks, ids, hashes=names, parents=above, priorities=levels)
-        with self._lock:
+        with self._lock.unless_mine():
             seen_ids: set[int] = set()
             seen_names: set[bytes] = set()
             for block_id, name, priority in zip(block_ids, names, levels, strict=True):
-                label = "inactive" if block_id in seen_ids else self._label(block_id)
+                label = "inactive" if block_id in seen_ids else label_of(self._records, block_id)
                 if label != "free":
                     raise wrong_state(block_id, label, "free", "restore")
                 if name in self._registry or name in seen_names:
@@ -269,7 +272,7 @@ class Store:
 
     def clear(self) -> int:
         """Free every inactive block; raise and change nothing when any block is in use."""
-        with self._lock:
+        with self._lock.unless_mine():
             busy = sum(self._num_in_state[state] for state in (MUTABLE, COMPLETE, ACTIVE))
             if busy:
                 raise in_use(busy)
@@ -282,27 +285,30 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """Count blocks by state; the counts add up to num_blocks."""
-        with self._lock:
+        with self._lock.unless_mine():
             return {state.label: self._num_in_state[state] for state in BlockState}
 
     def states(self, ids: IdArray) -> npt.NDArray[np.uint8]:
         """Give the `BlockState` of each id."""
         block_ids = ids_in(self.num_blocks, ids)
-        with self._lock:
-            states = [self._records[i].state if i in self._records else FREE for i in block_ids]
-            return np.array(states, dtype=np.uint8)
+        with self._lock.unless_mine():
+            return np.array([self._record(i).state for i in block_ids], dtype=np.uint8)
+
+    def describe(self, ids: IdArray) -> tuple[HashArray, HashArray, npt.NDArray[np.uint8]]:
+        """Give hash, parent and priority of each id; zeros and the default where it is not registered."""
+        block_ids = ids_in(self.num_blocks, ids)
+        with self._lock.unless_mine():
+            return self._described(block_ids)
 
     def registered(self) -> tuple[IdArray, HashArray, HashArray, int]:
         """Give ids, hashes and parents of all registered blocks by id, and the last outbox sequence number."""
-        with self._lock:
+        with self._lock.unless_mine():
             ids = sorted(self._registry.values())
-            hashes = to_hash_array([self._records[block_id].hash for block_id in ids])
-            parents = to_hash_array([self._records[block_id].parent for block_id in ids])
-            return to_id_array(ids), hashes, parents, self._outbox.last_seq
+            return to_id_array(ids), *self._described(ids)[:2], self._outbox.last_seq
 
     def check(self) -> None:
         """Verify the invariants; raise AssertionError where one is broken."""
-        with self._lock:
+        with self._lock.unless_mine():
             check_records(self.num_blocks, self._num_in_state, self._records)
             check_registry(self._records, self._registry)
             check_queues(self._records, self._free, self._inactive)
@@ -311,18 +317,18 @@ class Store:
 
     def subscribe(self) -> None:
         """Start keeping outbox rows for one more reader."""
-        with self._lock:
+        with self._lock.unless_mine():
             self._outbox.subscribe()
 
     def unsubscribe(self) -> None:
         """Stop keeping rows when the last reader goes."""
-        with self._lock:
+        with self._lock.unless_mine():
             self._outbox.unsubscribe()
 
     def drain(self, max_rows: int) -> npt.NDArray[Any]:
         """Take up to max_rows rows, oldest first, as an `OUTBOX_DTYPE` array."""
-        with self._lock:
-            return self._outbox.drain(max_rows)
+        with self._lock.unless_mine():
+            return self._outbox.drain(max(index(max_rows), 0))
 
     def _plug(self, policy: Any) -> PluggedPolicy:
         records = self._records
@@ -334,32 +340,14 @@ class Store:
             is_inactive=lambda block_id: block_id in records and records[block_id].state is INACTIVE,
         )
 
-    def _label(self, block_id: int) -> str:
-        record = self._records.get(block_id)
-        if record is None:
-            return FREE.label
-        return "discarded" if record.is_discarded else record.state.label
+    def _record(self, block_id: int) -> BlockRecord:
+        return self._records.get(block_id) or BlockRecord()
 
-    def _need(self, block_ids: list[int], state: BlockState, then: BlockState, verb: str) -> None:
-        """Every id is in `state`; an id that comes again in the batch is seen as `then`."""
-        seen: set[int] = set()
-        for block_id in block_ids:
-            label = then.label if block_id in seen else self._label(block_id)
-            if label != state.label:
-                raise wrong_state(block_id, label, state.label, verb)
-            seen.add(block_id)
-
-    def _need_references(self, block_ids: list[int]) -> None:
-        dropped: dict[int, int] = {}
-        for block_id in block_ids:
-            record = self._records.get(block_id)
-            already = dropped.get(block_id, 0)
-            if record is None or already >= record.references:
-                label = self._label(block_id)
-                if already:
-                    label = "inactive" if label == "active" else "free"
-                raise wrong_state(block_id, label, "mutable, complete or active", "release")
-            dropped[block_id] = already + 1
+    def _described(self, block_ids: list[int]) -> tuple[HashArray, HashArray, npt.NDArray[np.uint8]]:
+        is_named = [label_of(self._records, block_id) in ("active", "inactive") for block_id in block_ids]
+        records = [self._record(i) if named else BlockRecord() for i, named in zip(block_ids, is_named, strict=True)]
+        hashes, parents = to_hash_array([r.hash for r in records]), to_hash_array([r.parent for r in records])
+        return hashes, parents, np.array([r.priority for r in records], dtype=np.uint8)
 
     def _move(self, block_id: int, state: BlockState, *, references: int) -> None:
         record = self._records.get(block_id)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvbm.cli import check_json_file, write_json_file
+from kvbm.cli.interrupts import Interrupts
 from kvbm.errors import ConfigError
 from kvbm.manager import BlockManager
 from kvbm.replay import ReplayReport, TraceRequest, generate_conversations, read_trace
@@ -80,10 +81,12 @@ def replay(
 
 def _run(manager: BlockManager, workload: Iterable[TraceRequest], total: int, report: ReplayReport) -> None:
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[hit]}"), console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Interrupts() as interrupts, Progress(*columns, TextColumn("{task.fields[hit]}"), console=console) as progress:
         task = progress.add_task("replay", total=total, hit="")
 
         def show(so_far: ReplayReport) -> None:
+            interrupts.check()
             if so_far.requests % 50 == 0 or so_far.requests == total:
                 progress.update(task, completed=so_far.requests, hit=f"hit rate {so_far.hit_rate:.4f}")
 

@@ -2,7 +2,8 @@
 
 The store's outbox has one reader, the hub; the hub hands its rows to each subscription when any of them polls. Each
 subscription is bounded like the outbox: one that does not poll loses its rows and finds one GAP. The hub's lock is
-taken before the store's, never the other way round.
+taken before the store's, never the other way round. Closing takes neither, for a finaliser may close while its thread
+holds both: it leaves a note, which the pool's next call or the next poll works off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.errors import ConfigError, PoolClosed
+from kvbm.errors import ConfigError, PluginError, PoolClosed
 from kvbm.events.types import KvEvent, KvEventType
 from kvbm.types import OUTBOX_DTYPE, OutboxKind, SequenceHash, Tier
 
@@ -79,36 +80,35 @@ class EventHub:
         self._store = store
         self._lock = threading.Lock()
         self._subscriptions: list[weakref.ref[EventSubscription]] = []
-        self.dropped: deque[None] = deque()  # one entry for each subscription that was garbage collected
+        self.dropped: deque[None] = deque()  # one entry for each subscription that was closed or collected
 
     def subscribe(self, kinds: Iterable[KvEventType | str] | None = None) -> EventSubscription:
         """Read every row from now on; `kinds` limits them (gaps always come)."""
         wanted = _outbox_kinds(kinds)
+        self.reap()
         with self._lock:
             self._pump()  # rows of before now go to the others only
-            subscription = EventSubscription(self, wanted)
             self._store.subscribe()
+            subscription = EventSubscription(self, wanted)
             self._subscriptions.append(weakref.ref(subscription))
         return subscription
 
     def reap(self) -> None:
-        """Account for subscriptions that were dropped without being closed."""
+        """Account for subscriptions that were closed or collected."""
         while self.dropped:
             try:
                 self.dropped.pop()
             except IndexError:
                 return
-            self._store.unsubscribe()
+            try:
+                self._store.unsubscribe()
+            except PluginError:  # called from inside a store call: the next caller does it
+                self.dropped.append(None)
+                raise
 
     def drop(self) -> None:
-        """Note that a subscription was collected; takes no lock, so a finaliser may call it."""
+        """Note that a subscription has ended; takes no lock, so a finaliser may call it."""
         self.dropped.append(None)
-
-    def close(self, subscription: EventSubscription) -> None:
-        """Forget a subscription."""
-        with self._lock:
-            self._subscriptions = [ref for ref in self._subscriptions if ref() not in (None, subscription)]
-            self._store.unsubscribe()
 
     def pump_into(self, subscription: EventSubscription, max_rows: int) -> Rows:
         """Move what waits in the outbox to all subscriptions, and take this one's rows."""
@@ -118,7 +118,8 @@ class EventHub:
             return subscription.take(max_rows)
 
     def _pump(self) -> None:
-        readers = [reader for ref in self._subscriptions if (reader := ref()) is not None]
+        readers = [reader for ref in self._subscriptions if (reader := ref()) is not None and reader.is_open]
+        self._subscriptions = [weakref.ref(reader) for reader in readers]
         if not readers:
             return
         while len(rows := self._store.drain(self.capacity)):
@@ -143,7 +144,12 @@ class EventSubscription:
         self._kinds = kinds
         self._chunks: deque[Rows] = deque()
         self._num_rows = 0
-        self._is_closed = False
+        self._live = [True]  # popped by the one call that closes: list.pop is atomic
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was not closed."""
+        return bool(self._live)
 
     def poll(self, max_events: int | None = None) -> list[KvEvent]:
         """Take the events that wait, oldest first; never blocks for new ones."""
@@ -153,7 +159,7 @@ class EventSubscription:
 
     def poll_rows(self, max_rows: int | None = None) -> Rows:
         """Take the rows that wait as one `kvbm.types.OUTBOX_DTYPE` array: the fast form of `poll`."""
-        if self._is_closed:
+        if not self._live:
             raise PoolClosed("this subscription is closed")
         return self._hub.pump_into(self, self._hub.capacity if max_rows is None else max_rows)
 
@@ -162,10 +168,17 @@ class EventSubscription:
         return iter(self.poll())
 
     def close(self) -> None:
-        """Stop reading; may be called twice."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._hub.close(self)
+        """Stop reading; may be called twice.
+
+        Notes
+        -----
+        Takes no lock, so that a finaliser may call it. The outbox learns of it at the pool's next call.
+        """
+        try:
+            self._live.pop()
+        except IndexError:
+            return
+        self._hub.drop()
 
     def __enter__(self) -> EventSubscription:
         return self
@@ -176,8 +189,7 @@ class EventSubscription:
         self.close()
 
     def __del__(self) -> None:
-        if not self._is_closed:
-            self._hub.drop()
+        self.close()
 
     def put(self, rows: Rows) -> None:
         """Queue rows; called by the hub under its lock."""

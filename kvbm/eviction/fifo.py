@@ -6,6 +6,7 @@ The block that became inactive first leaves first; being used again does not hel
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,8 @@ class FifoPolicy(EvictionPolicy):
             del self._queue[block_id]
 
     def pop(self, n: int, protected: frozenset[int]) -> Sequence[int]:
-        """Take the n oldest."""
-        victims = [block_id for block_id in self._queue if block_id not in protected][:n]
+        """Take the n oldest, and walk no further."""
+        victims = list(islice((block_id for block_id in self._queue if block_id not in protected), n))
         for block_id in victims:
             del self._queue[block_id]
         return victims

@@ -7,6 +7,7 @@ the name ``lru`` loads, and is what tests compare the built-in one with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -56,12 +57,9 @@ class LruPolicy(EvictionPolicy):
                 self._priority_of[block_id] = priority
 
     def pop(self, n: int, protected: frozenset[int]) -> Sequence[int]:
-        """Take the n that leave first."""
-        victims: list[int] = []
-        for priority in sorted(self._queues):
-            for block_id in self._queues[priority]:
-                if len(victims) < n and block_id not in protected:
-                    victims.append(block_id)
+        """Take the n that leave first, and walk no further."""
+        in_order = (block_id for priority in sorted(self._queues) for block_id in self._queues[priority])
+        victims = list(islice((block_id for block_id in in_order if block_id not in protected), n))
         for block_id in victims:
             del self._queues[self._priority_of.pop(block_id)][block_id]
         return victims

@@ -56,7 +56,7 @@ def replay(
             if on_progress is not None:
                 on_progress(report)
     finally:
-        report.evictions = manager.device.status().evictions
+        report.evictions = manager.top.status().evictions
     return report
 
 
@@ -65,7 +65,7 @@ def _serve(manager: BlockManager, request: TraceRequest, report: ReplayReport) -
     if hashes is None:
         hashes = manager.sequence(request.tokens, salt=request.salt).hashes
     report.requests += 1
-    if len(hashes) > manager.device.total_blocks:
+    if len(hashes) > manager.top.total_blocks:
         report.refused += 1
         return
     clock = _Clock(report)
@@ -79,7 +79,7 @@ def _serve(manager: BlockManager, request: TraceRequest, report: ReplayReport) -
         fresh = manager.try_allocate_blocks(len(hashes) - len(blocks))
         clock.took("allocate")
         if fresh is None:  # nothing else is in use here, so this is a leak and must not pass unseen
-            raise AssertionError(f"{len(hashes)} blocks should fit: {manager.device.status()}")
+            raise AssertionError(f"{len(hashes)} blocks should fit: {manager.top.status()}")
         num_hits = len(blocks)
         report.blocks += len(hashes)
         report.hit_blocks += num_hits
@@ -96,14 +96,14 @@ def _serve(manager: BlockManager, request: TraceRequest, report: ReplayReport) -
 
 
 def _fill(manager: BlockManager, blocks: MutableBlocks, hashes: HashArray, report: ReplayReport) -> None:
-    storage, ids, nbytes = manager.device_storage, blocks.block_ids, manager.layout.block_nbytes
+    storage, ids, nbytes = manager.storage(manager.top.tier), blocks.block_ids, manager.layout.block_nbytes
     for part in _slices(len(ids), nbytes):
         storage.write(ids[part], content_of(hashes[part], nbytes))
     report.written_bytes += len(ids) * nbytes
 
 
 def _verify(manager: BlockManager, blocks: ImmutableBlocks, report: ReplayReport) -> None:
-    storage, ids, nbytes = manager.device_storage, blocks.block_ids, manager.layout.block_nbytes
+    storage, ids, nbytes = manager.storage(manager.top.tier), blocks.block_ids, manager.layout.block_nbytes
     for part in _slices(len(ids), nbytes):
         found, expected = storage.read(ids[part]), content_of(blocks.hashes[part], nbytes)
         if not np.array_equal(found, expected):

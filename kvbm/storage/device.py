@@ -7,6 +7,10 @@ from kvbm.storage.host import HostStorage
 
 
 class DeviceStorage(HostStorage):
-    """Blocks of the device tier (G1), in host memory in this version."""
+    """Blocks of the device tier (G1), in host memory in this version.
+
+    An engine writes into it at any time, so a checksum kept for a slot would say nothing.
+    """
 
     capabilities = StorageCapabilities(is_addressable=True, is_device=True)
+    keeps_checksums = False

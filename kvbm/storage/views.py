@@ -58,6 +58,29 @@ class ArrayView:
         """Give an array that shares the memory."""
         return self._array
 
+    def assign(self, data: Any, *, dtype: str) -> None:
+        """Overwrite all of it.
+
+        Parameters
+        ----------
+        data : bytes-like or array
+            As many bytes as are shown. An array has the block's dtype, or is unsigned integers of the same width, or
+            bytes.
+        dtype : str
+            Element type of the block.
+
+        Raises
+        ------
+        LayoutError
+            Wrong size or dtype; nothing was written.
+        """
+        source = np.ascontiguousarray(data) if isinstance(data, np.ndarray) else np.frombuffer(data, dtype=np.uint8)
+        if source.dtype.name != dtype and source.dtype not in (f"u{self.dtype.itemsize}", np.uint8):
+            raise LayoutError(f"blocks hold {dtype}, got an array of {source.dtype}: convert it, or give its bytes")
+        if source.nbytes != self.nbytes:
+            raise LayoutError(f"this part of a block takes {self.nbytes} bytes, got {source.nbytes}")
+        self._array[...] = source.reshape(-1).view(self.dtype).reshape(self.shape)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy or (dtype is not None and np.dtype(dtype) != self._array.dtype):
             return self._array.astype(dtype or self._array.dtype)
@@ -121,7 +144,9 @@ class StorageBytes:
             offset=offset,
             strides=tuple(stride for _, stride in axes),
         )
-        if not writable:
+        if writable:
+            self._storage.has_checksum[block_id] = False  # whoever writes through the view does not tell us
+        else:
             array.flags.writeable = False
         return ArrayView(array)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kvbm._backend import Backend
-from kvbm.manager import LAYOUTS, BlockManager
+from kvbm.config import LAYOUTS
+from kvbm.manager import BlockManager
 
 torch: Any = pytest.importorskip("torch", reason="torch is optional; nox -s interop installs it")
 

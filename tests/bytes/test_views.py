@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kvbm._backend import Backend
+from kvbm.config import LAYOUTS
 from kvbm.errors import BlockStateError, ConfigError, LayoutError
-from kvbm.manager import LAYOUTS, BlockManager
+from kvbm.manager import BlockManager
 
 DIMS: dict[str, Any] = {"num_layers": 3, "page_size": 4, "inner_dim": 6, "dtype": "float32", "device_blocks": 4}
 
@@ -33,7 +34,7 @@ def test_views_have_the_promised_shapes_and_share_memory(manager: BlockManager) 
     assert np.array_equal(np.from_dlpack(fresh[1].layer(2)), layer.numpy())
     np.asarray(fresh[1].layer(2))[0, 0, 0] = 77
     assert layer.numpy()[0, 0, 0] == 77
-    stored = manager.device_storage.read(fresh.block_ids[1:]).view(np.float32).reshape(3, 2, 4, 6)
+    stored = manager.storage("device").read(fresh.block_ids[1:]).view(np.float32).reshape(3, 2, 4, 6)
     assert np.array_equal(stored[2], layer.numpy())
 
 
@@ -99,11 +100,11 @@ def test_wrong_layers_sizes_and_types_are_refused_by_name(manager: BlockManager)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"device_blocks": 0}, "at least one tier, got device_blocks=0"),
-        ({"host_blocks": 4}, "host and disk tiers are not available in this version"),
-        ({"layout": "spiral"}, "layout 'spiral' is not known, use fully_contiguous"),
-        ({"dtype": "float17"}, "dtype 'float17' is not known"),
-        ({"inner_dim": 0}, "inner_dim 0 is impossible"),
+        ({"device_blocks": 0}, "at least one tier, got none: give device_blocks"),
+        ({"disk_blocks": 4}, "disk.path is not given"),
+        ({"layout": "spiral"}, "device.layout is 'spiral', give one of fully_contiguous"),
+        ({"dtype": "float17"}, "model.dtype is 'float17'"),
+        ({"inner_dim": 0}, "model.inner_dim is 0, give 1 or more"),
     ],
 )
 def test_impossible_managers_are_refused_by_name(changes: dict[str, Any], message: str) -> None:

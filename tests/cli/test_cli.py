@@ -61,10 +61,8 @@ def test_replay_of_a_trace_is_the_same_on_both_twins(tmp_path: Path, backend: st
     ("arguments", "message"),
     [
         (("/nowhere.jsonl",), "/nowhere.jsonl: cannot be read: No such file or directory"),
-        (("--device", "0"), "at least one tier, got device_blocks=0"),
-        (("--host", "5"), "host and disk tiers are not available in this version"),
-        (("--disk", "5"), "host and disk tiers are not available in this version"),
-        (("--policy", "mru"), "no eviction plug-in is called 'mru', known: fifo, lru"),
+        (("--device", "0"), "at least one tier, got none"),
+        (("--policy", "mru"), "device.eviction is 'mru', did you mean lru? give one of fifo, lru"),
         (("--block-bytes", "0"), "--block-bytes 0 is impossible, give 1 or more"),
         (("--backend", "gpu"), "'gpu' is not known, use auto, native or pure"),
         (("--sessions", "1", "--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),

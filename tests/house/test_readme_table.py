@@ -31,6 +31,13 @@ def test_table_has_one_line_for_each_row() -> None:
     assert lines[-1] == "Machine: processor AMD EPYC, cores 2, cpu_features sse2 avx2 avx512f."
 
 
+def test_row_that_could_mislead_has_its_note() -> None:
+    row = {"name": "create_10m", "unit": "s", "median": 3e-05, "spread": [3e-05, 3e-05], "reference": None}
+    script = runpy.run_path(str(SCRIPT))
+    line = script["render"]([("store", {"machine": {}, "rows": [row]})]).splitlines()[2]
+    assert line.startswith("| store | `create_10m` (mapped lazily, pages are touched at first use) | 3e-05 |")
+
+
 def test_table_replaces_what_stands_between_the_marks() -> None:
     script = runpy.run_path(str(SCRIPT))
     text = f"before\n{script['BEGIN']}\nold\n{script['END']}\nafter\n"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvbm._backend import Backend, load_backend
 from kvbm.errors import HashFormatError, KvbmError, TokenError
+from kvbm.types import SequenceHash
 
 KEY = bytes(range(32))
 ZERO = bytes(16)
@@ -221,3 +222,15 @@ def test_blake2b_equals_the_pure_twin_in_digests_and_errors(backend, data, diges
         except KvbmError as error:
             answers.append((type(error), str(error)))
     assert answers[1] == answers[0]
+
+
+def test_subclasses_of_bytes_are_hashed_as_bytes(backend: Backend) -> None:
+    class Name(bytes):
+        pass
+
+    tokens = tokens_of(8)
+    plain = backend.hash_blocks(KEY, ZERO, tokens, 4, [b"a", b"b"])
+    given_names = backend.hash_blocks(Name(KEY), SequenceHash(ZERO), tokens, 4, [Name(b"a"), Name(b"b")])
+    assert np.array_equal(plain, given_names)
+    answer = backend.blake2b(Name(b"data"), digest_size=8, key=Name(b"key"), person=Name(b"me"))
+    assert answer == backend.blake2b(b"data", digest_size=8, key=b"key", person=b"me")

@@ -120,7 +120,7 @@ def test_waiting_ends_at_its_timeout_and_never_starts_beyond_the_pool(make_pool:
         pool.allocate_blocks(3, timeout=60)
     assert time.monotonic() - began < 30
     held.release()
-    assert pool._waiters == ()
+    assert len(pool._waiters) == 0
 
 
 def test_native_memory_stays_within_its_bound(backend: Backend) -> None:

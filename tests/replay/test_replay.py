@@ -110,7 +110,7 @@ def test_one_wrong_byte_is_seen_and_named(backend: Backend) -> None:
         assert replay(manager, [TraceRequest(hashes=hashes)]).wrong_bytes == 0
         data = content_of(hashes[2:3], 256)
         data[0, 100] ^= 1
-        manager.device_storage.write(manager.device.lookup(hashes[2:3]), data)
+        manager.storage("device").write(manager.device.lookup(hashes[2:3]), data)
         report = replay(manager, [TraceRequest(hashes=hashes)])
     assert report.wrong_bytes == 1
     assert report.first_wrong.endswith(hashes[2].tobytes().hex())

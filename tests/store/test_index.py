@@ -71,3 +71,44 @@ def test_index_holds_a_full_pool_of_any_size(backend: str, num_blocks: int) -> N
         assert store.match(hashes).tolist() == ids.tolist()
         store.release(ids)
         store.check()
+
+
+def _bucket(name: int, num_buckets: int) -> int:
+    """Where the native index begins to look for the hash (name, 0)."""
+    mixed = name ^ (name >> 32)
+    mixed = mixed * 0xD6E8FEB86659FD93 & (1 << 64) - 1
+    mixed ^= mixed >> 29
+    return (mixed >> 32) * num_buckets >> 32
+
+
+def _named(names: list[int]) -> HashArray:
+    return np.array([[name, 0] for name in names], dtype=np.uint64).reshape(-1, 2)
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_blocks", [23, 1000])
+def test_index_says_that_a_hash_is_absent_when_entries_went_past_every_bucket(backend: str, num_blocks: int) -> None:
+    num_buckets, num_slots = num_blocks // 8 + 1, 15
+    by_bucket: dict[int, list[int]] = {bucket: [] for bucket in range(num_buckets)}
+    name = 0
+    while min(map(len, by_bucket.values())) < 40:
+        name += 1
+        by_bucket[_bucket(name, num_buckets)].append(name)
+    store = load_backend(backend).store(num_blocks)
+    kept: list[int] = []
+    for bucket, names in by_bucket.items():
+        filling = [names.pop() for _ in range(num_slots - (1 if kept else 0))]
+        _fill(store, _named(filling))
+        kept.append(names.pop())  # goes past this bucket, and stays where it is when the others leave
+        _fill(store, _named(kept[-1:]))
+        if bucket < num_buckets - 1:
+            store.remove(_named(filling))
+        store.check()
+    absent = [names[0] for names in by_bucket.values()]
+    assert (store.find(_named(absent)) == -1).all()
+    assert (store.find(_named(kept)) >= 0).all()
+    assert len(store.match(_named(absent))) == 0
+    _fill(store, _named(absent[:2]))
+    store.remove(_named(kept))
+    store.check()

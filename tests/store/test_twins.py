@@ -102,6 +102,13 @@ def test_twins_give_equal_answers_and_errors(seed: int, policy: Any) -> None:
         ("match", (5,)),
         ("stage", ([0], np.zeros((2, 2), dtype=np.uint64), np.zeros((1, 2), dtype=np.uint64))),
         ("stage", ([0], np.zeros((1, 2), dtype=np.uint64), np.zeros((2, 2), dtype=np.uint64))),
+        ("allocate", (2.7,)),
+        ("allocate", (-(2**70),)),
+        ("set_priority", (_hashes([1]), 50.5)),
+        ("set_priority", (_hashes([1]), 2**70)),
+        ("restore", ([0], _hashes([1]), _hashes([1]), [2**70])),
+        ("restore", ([0], _hashes([1]), _hashes([1]), [50.7])),
+        ("drain", (1.5,)),
     ],
 )
 def test_twins_refuse_bad_arguments_with_equal_texts(operation: str, arguments: tuple[Any, ...]) -> None:
@@ -109,3 +116,18 @@ def test_twins_refuse_bad_arguments_with_equal_texts(operation: str, arguments: 
     assert answers[0] == answers[1]
     assert isinstance(answers[0][0], type)
     assert issubclass(answers[0][0], Exception)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"), [("allocate", (2**70,)), ("allocate", (True,)), ("drain", (-1,)), ("drain", (2**70,))]
+)
+def test_twins_take_integers_of_any_size(operation: str, arguments: tuple[Any, ...]) -> None:
+    answers = [_answer(load_backend(name).store(4), operation, arguments) for name in BACKENDS]
+    assert answers[0] == answers[1]
+    assert not isinstance(answers[0], tuple) or not isinstance(answers[0][0], type)
+
+
+def test_stores_have_an_integer_number_of_blocks() -> None:
+    for name in BACKENDS:
+        with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+            load_backend(name).store(8.0)  # type: ignore[arg-type]

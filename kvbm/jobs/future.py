@@ -40,10 +40,19 @@ class Transfer(Generic[ResultT]):
         Seconds from now after which waiting ends in `TransferTimeout`; None waits for ever.
     clock : callable
         Gives seconds; monotonic.
+    on_deadline : callable, optional
+        Called once the deadline has passed, by whoever looks; it may end the transfer with what there is.
     """
 
-    def __init__(self, *, deadline_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        deadline_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_deadline: Callable[[], None] | None = None,
+    ) -> None:
         self._clock = clock
+        self._on_deadline = on_deadline
         self._deadline = None if deadline_s is None else clock() + deadline_s
         self._condition = threading.Condition()
         self._state = TransferState.PENDING
@@ -155,14 +164,16 @@ class Transfer(Generic[ResultT]):
 
     # -- for whoever moves the bytes ---------------------------------------------------------------------------
 
-    def set_result(self, result: ResultT) -> bool:
-        """End it with a result; the bytes have landed. False when it had ended before."""
-        self.set_landed()
+    def set_result(self, result: ResultT, *, has_landed: bool = True) -> bool:
+        """End it with a result; unless said otherwise the bytes have landed. False when it had ended before."""
+        if has_landed:
+            self.set_landed()
         return self._end(TransferState.DONE, result=result)
 
-    def set_exception(self, error: BaseException) -> bool:
-        """End it with an error; the bytes have stopped. False when it had ended before."""
-        self.set_landed()
+    def set_exception(self, error: BaseException, *, has_landed: bool = True) -> bool:
+        """End it with an error; unless said otherwise the bytes have stopped. False when it had ended before."""
+        if has_landed:
+            self.set_landed()
         return self._end(TransferState.FAILED, error=error)
 
     def set_landed(self) -> None:
@@ -173,6 +184,8 @@ class Transfer(Generic[ResultT]):
 
     def _look_at_deadline(self) -> None:
         if self._state is TransferState.PENDING and self._deadline is not None and self._clock() >= self._deadline:
+            if self._on_deadline is not None:
+                self._on_deadline()
             self._end(TransferState.TIMED_OUT, error=TransferTimeout("the transfer did not end before its deadline"))
 
     def _end(self, state: TransferState, *, result: ResultT | None = None, error: BaseException | None = None) -> bool:

@@ -1,0 +1,162 @@
+"""How jobs reach the half that moves bytes: the contract of a channel, and the channel within one process.
+
+`LocalChannel` runs each route of tiers on a thread of its own, so a slow disk never holds up host memory, and urgent
+jobs before others. Small urgent ones run in the caller's thread, because a hand-over between threads costs about
+70 us. A job that raises is answered as failed: a result always comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from kvbm.errors import PoolClosed
+from kvbm.jobs.messages import CopyJob, Job, JobResult, Outcome, num_blocks_of
+
+_log = logging.getLogger("kvbm.jobs")
+
+Execute = Callable[[Job, "float | None"], JobResult]
+Receive = Callable[[JobResult], None]
+
+
+class JobChannel(Protocol):
+    """One rank's executor, as bookkeeping sees it.
+
+    Every job sent is answered once through the `receive` given to `open`, in any order and any thread, also before
+    `send` returns; or else `lost` is called, once, and nothing after it.
+    """
+
+    def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
+        """Say where results go, and whom to tell that the executor is dead."""
+
+    def send(self, job: Job) -> None:
+        """Hand a job over; never waits for the work."""
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Take no more jobs; wait for those sent; return whether they all ended in time."""
+
+
+class LocalChannel:
+    """An executor in this process.
+
+    Parameters
+    ----------
+    execute : callable
+        Takes a job and the moment (of `clock`) at which its time is over, or None; gives its result.
+    is_small : callable, optional
+        Whether an urgent job is small enough for the caller's thread; None: no job is.
+    clock : callable
+        Gives seconds; monotonic.
+    """
+
+    def __init__(
+        self,
+        execute: Execute,
+        *,
+        is_small: Callable[[Job], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._execute = execute
+        self._is_small = is_small
+        self._clock = clock
+        self._receive: Receive | None = None
+        self._lock = threading.Lock()  # guards the lanes and closing; never held while a job runs
+        self._lanes: dict[str, _Lane] = {}
+        self._is_closed = False
+
+    def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
+        """Say where results go; an executor in this process is never lost."""
+        self._receive = receive
+
+    def send(self, job: Job) -> None:
+        """Run a small urgent job here, queue any other for its route's thread."""
+        deadline = None
+        if isinstance(job, CopyJob) and job.timeout_s is not None:
+            deadline = self._clock() + job.timeout_s
+        if self._is_small is not None and isinstance(job, CopyJob) and job.is_urgent and self._is_small(job):
+            self._run(job, deadline)
+            return
+        with self._lock:
+            if self._is_closed:
+                raise PoolClosed("the channel to the executor is closed")
+            name = _lane_of(job)
+            lane = self._lanes.get(name)
+            if lane is None:
+                lane = self._lanes[name] = _Lane(name, self._run)
+        lane.put(job, deadline)
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Run what was sent and end the threads; return whether they ended in time."""
+        give_up = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            self._is_closed = True
+            lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.finish()
+        are_ended = [lane.join(give_up) for lane in lanes]  # every one is given its time
+        return all(are_ended)
+
+    def _run(self, job: Job, deadline: float | None) -> None:
+        assert self._receive is not None, "a channel is opened before it is used"
+        try:
+            result = self._execute(job, deadline)
+        except Exception as error:  # executors answer; one that raises is a defect, and the waiter must hear of it
+            _log.exception("job failed job_id=%d kind=%s", job.job_id, type(job).__name__)
+            outcomes = np.full(num_blocks_of(job), Outcome.FAILED, dtype=np.uint8)
+            result = JobResult(job_id=job.job_id, outcomes=outcomes, reason=repr(error))
+        self._receive(result)
+
+
+class _Lane:
+    """One thread and what waits for it, urgent jobs first; the thread starts with the first job."""
+
+    def __init__(self, name: str, run: Callable[[Job, float | None], None]) -> None:
+        self._run = run
+        self._urgent: deque[tuple[Job, float | None]] = deque()
+        self._others: deque[tuple[Job, float | None]] = deque()
+        self._has_work = threading.Condition()
+        self._is_finishing = False
+        self._thread = threading.Thread(target=self._work, name=f"kvbm-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job, deadline: float | None) -> None:
+        with self._has_work:
+            (self._urgent if isinstance(job, CopyJob) and job.is_urgent else self._others).append((job, deadline))
+            self._has_work.notify()
+
+    def finish(self) -> None:
+        with self._has_work:
+            self._is_finishing = True
+            self._has_work.notify()
+
+    def join(self, give_up: float | None) -> bool:
+        if self._thread is threading.current_thread():  # a callback closes the manager: it cannot wait for itself
+            return True
+        self._thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while True:
+            with self._has_work:
+                while not (self._urgent or self._others):
+                    if self._is_finishing:
+                        return
+                    self._has_work.wait()
+                job, deadline = (self._urgent or self._others).popleft()
+            try:
+                self._run(job, deadline)
+            except Exception:
+                _log.exception("a result could not be taken job_id=%d", job.job_id)
+            del job
+
+
+def _lane_of(job: Job) -> str:
+    if isinstance(job, CopyJob):
+        return f"{job.source.value}-{job.destination.value}"
+    return f"{job.tier.value}-index"

@@ -1,0 +1,119 @@
+"""A channel to an executor in another process, over any connection that sends and receives bytes in whole messages.
+
+`PipeChannel` is bookkeeping's end, `serve` the executor's. When the connection ends, the executor counts as dead, and
+its open jobs with it: nothing it was doing can reach memory that it no longer maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from kvbm.errors import MessageError, PoolClosed
+from kvbm.jobs.channel import Execute, LocalChannel, Receive
+from kvbm.jobs.messages import Job, JobResult, decode_job, decode_result, encode
+
+_log = logging.getLogger("kvbm.jobs")
+_GOODBYE = b""
+
+
+class Connection(Protocol):
+    """What `multiprocessing.Pipe` gives, or anything like it."""
+
+    def send_bytes(self, buf: bytes) -> None:
+        """Send one message."""
+
+    def recv_bytes(self) -> bytes:
+        """Wait for one message; raises EOFError or OSError at the end."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class PipeChannel:
+    """An executor behind a connection.
+
+    Parameters
+    ----------
+    connection : Connection
+        Owned by the channel from now on.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()  # one message at a time
+        self._is_closed = False
+        self._reader: threading.Thread | None = None
+
+    def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
+        """Start to listen for results, on a thread of its own."""
+        self._reader = threading.Thread(target=self._listen, args=(receive, lost), name="kvbm-pipe", daemon=True)
+        self._reader.start()
+
+    def send(self, job: Job) -> None:
+        """Send a job; raises `PoolClosed` when the other end is gone."""
+        if self._is_closed:
+            raise PoolClosed("the channel to the executor is closed")
+        self._send_bytes(encode(job))
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Ask the executor to finish what it has and end; return whether it did in time."""
+        if not self._is_closed:
+            self._is_closed = True
+            with contextlib.suppress(PoolClosed):  # it is gone already
+                self._send_bytes(_GOODBYE)
+        if self._reader is None or self._reader is threading.current_thread():
+            return True
+        self._reader.join(timeout_s)
+        return not self._reader.is_alive()
+
+    def _send_bytes(self, data: bytes) -> None:
+        try:
+            with self._lock:
+                self._connection.send_bytes(data)
+        except (OSError, ValueError) as error:
+            raise PoolClosed(f"the executor's process is gone: {error}") from error
+
+    def _listen(self, receive: Receive, lost: Callable[[str], None]) -> None:
+        reason = "its process ended"
+        try:
+            while True:
+                receive(decode_result(self._connection.recv_bytes()))
+        except (EOFError, OSError) as error:
+            reason = f"{reason} {error}".rstrip()
+        except MessageError as error:
+            reason = f"it sent nonsense: {error}"
+            _log.error("executor lost reason=%s", reason)
+        finally:
+            self._connection.close()
+            lost(reason)
+
+
+def serve(connection: Connection, execute: Execute) -> None:
+    """Execute the jobs that come over a connection until it says goodbye or ends.
+
+    Parameters
+    ----------
+    connection : Connection
+    execute : callable
+        As for `LocalChannel`; several routes run at once.
+    """
+    lock = threading.Lock()
+
+    def answer(result: JobResult) -> None:
+        with lock:
+            connection.send_bytes(encode(result))
+
+    channel = LocalChannel(execute)
+    channel.open(answer, lambda reason: None)
+    try:
+        while (data := connection.recv_bytes()) != _GOODBYE:
+            channel.send(decode_job(data))
+    except (EOFError, OSError):
+        _log.info("bookkeeping is gone, the executor ends")
+    finally:
+        channel.close()
+        connection.close()

@@ -1,0 +1,52 @@
+"""Users' objects, kept with blocks.
+
+A value lies in a box of its own. Whoever finds later that a block was freed empties the box that lay there before,
+never the one that the slot's next owner may have put there by now; so this needs no lock, and a user's finaliser that
+runs here may call the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from kvbm.types import IdArray
+
+Box = list[Any]
+
+
+class BlockMetadata:
+    """One object for each block that has one, by slot."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[int, Box] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._boxes)
+
+    def get(self, block_id: int) -> Any:
+        """Give the object of a block, None without."""
+        try:
+            return self._boxes[block_id][0]
+        except (KeyError, IndexError):
+            return None
+
+    def set(self, block_id: int, value: Any) -> None:
+        """Keep an object with a block."""
+        self._boxes[block_id] = [value]
+
+    def forget(self, ids: IdArray) -> None:
+        """Drop the objects of blocks that the caller owns: (num_blocks,) int32."""
+        if self._boxes:
+            for block_id in ids.tolist():
+                self._boxes.pop(block_id, None)
+
+    def boxes(self) -> dict[int, Box]:
+        """Give the boxes by slot as they are now."""
+        return self._boxes.copy()
+
+    def empty(self, boxes: Iterable[Box | None]) -> None:
+        """Drop what boxes held when the caller took them; None is passed over."""
+        for box in boxes:
+            if box is not None:
+                box.clear()

@@ -1,0 +1,144 @@
+"""Hit: what a look-up over the tiers found, each block held by one reference in the tier it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.blocks import ImmutableBlocks
+from kvbm.errors import BlockStateError
+from kvbm.pool import BlockPool
+from kvbm.types import HashArray
+
+Places = npt.NDArray[np.intp]
+
+
+@dataclass
+class HitPart:
+    """The blocks of a hit that lie in one tier, and their places in the sequence, rising."""
+
+    pool: BlockPool
+    blocks: ImmutableBlocks
+    places: Places
+
+
+class Hit:
+    """The longest cached prefix of a sequence over all tiers.
+
+    Used up by `BlockManager.onboard`; otherwise released by `release`, ``with``, or the garbage collector.
+
+    Attributes
+    ----------
+    num_blocks : int
+    hashes : (num_blocks, 2) uint64, host
+        Sequence hashes of the blocks found.
+    """
+
+    __slots__ = ("_parts", "hashes", "num_blocks")
+
+    def __init__(self, parts: list[HitPart], hashes: HashArray) -> None:
+        self._parts: list[HitPart] | None = parts
+        self.num_blocks = len(hashes)
+        self.hashes = hashes
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Blocks found in each tier, by the tier's name."""
+        counts: dict[str, int] = {}
+        for part in self._parts or ():
+            counts[part.pool.tier.value] = counts.get(part.pool.tier.value, 0) + len(part.blocks)
+        return counts
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def release(self) -> None:
+        """Give the blocks back without using them, the deeper ones first; a second call does nothing."""
+        parts, self._parts = self._parts, None
+        for part in reversed(parts or ()):
+            part.blocks.release()
+
+    def take(self) -> list[HitPart]:
+        """Use up the hit and give its parts; for the planner.
+
+        Raises
+        ------
+        BlockStateError
+            It is used up already.
+        """
+        parts, self._parts = self._parts, None
+        if parts is None:
+            raise BlockStateError("this hit is used up: match again")
+        return parts
+
+    def give_back(self, parts: list[HitPart]) -> None:
+        """Undo `take`."""
+        self._parts = parts
+
+    def __enter__(self) -> Hit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Hit({self.num_blocks} blocks, {self.tiers})" if self._parts is not None else "Hit(used up)"
+
+
+def find_hit(pools: Sequence[BlockPool], hashes: HashArray) -> Hit:
+    """Hold the longest prefix of a sequence whose blocks lie in any of these pools, each in the highest that has it.
+
+    Parameters
+    ----------
+    pools : sequence of BlockPool
+        From the top tier down.
+    hashes : (num_blocks, 2) uint64, host
+    """
+    top = pools[0].match_sequence_hashes(hashes)
+    num_top = len(top)
+    parts = [HitPart(pools[0], top, np.arange(num_top))]
+    if num_top == len(hashes) or len(pools) == 1:
+        return Hit(parts, top.hashes)
+    rest = hashes[num_top:]
+    where, ids = find_sources(pools, rest)
+    is_absent = where < 0
+    length = int(is_absent.argmax()) if is_absent.any() else len(rest)
+    for index, pool in enumerate(pools):
+        places = np.flatnonzero(where[:length] == index)
+        if len(places):
+            blocks, is_there = pool.hold_blocks(ids[places], rest[places])
+            if not is_there.all():  # evicted since it was found
+                length = min(length, int(places[~is_there][0]))
+            parts.append(HitPart(pool, blocks, places[is_there] + num_top))
+    length += num_top
+    return Hit([_cut(part, length) for part in parts], hashes[:length].copy())
+
+
+def find_sources(pools: Sequence[BlockPool], hashes: HashArray) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+    """Tell for each hash the first pool that has it, -1 where none has, and its slot there; holds nothing."""
+    ids = pools[0].lookup(hashes)
+    where = np.where(ids >= 0, 0, -1).astype(np.int8)
+    for index, pool in enumerate(pools[1:], start=1):
+        missing = np.flatnonzero(where < 0)
+        if not len(missing):
+            break
+        found = pool.lookup(hashes[missing])
+        ids[missing] = found
+        where[missing[found >= 0]] = index
+    return where, ids
+
+
+def _cut(part: HitPart, length: int) -> HitPart:
+    """Let go of the blocks of a part that lie behind the end of the hit."""
+    num_kept = int(np.searchsorted(part.places, length))
+    if num_kept == len(part.places):
+        return part
+    kept, rest = part.blocks.split(num_kept)
+    rest.release()
+    return HitPart(part.pool, kept, part.places[:num_kept])

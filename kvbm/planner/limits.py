@@ -1,0 +1,46 @@
+"""Every bound of the planner, in one place and with a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvbm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may wait, move and take time at once.
+
+    Attributes
+    ----------
+    queue_blocks : int
+        Offloads of one route that may wait; more are dropped and counted.
+    job_blocks : int
+        Blocks of one job.
+    in_flight_share : float
+        Part of a pool that offloads of one route may hold.
+    onboard_timeout_s, offload_timeout_s : float
+        Seconds a job may take before its waiter gives up, and before it counts as draining.
+    lineage_blocks : int
+        Hashes remembered to keep the parents of a block younger than the block in lower tiers.
+    touch_calls : int
+        Hits whose recency waits to be told to lower tiers; the oldest are forgotten.
+    """
+
+    queue_blocks: int = 8192
+    job_blocks: int = 64
+    in_flight_share: float = 0.25
+    onboard_timeout_s: float = 30.0
+    offload_timeout_s: float = 30.0
+    lineage_blocks: int = 1 << 18
+    touch_calls: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("queue_blocks", "job_blocks", "lineage_blocks", "touch_calls"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, give 1 or more")
+        for name in ("onboard_timeout_s", "offload_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, give more than 0 seconds")
+        if not 0 < self.in_flight_share <= 1:
+            raise ConfigError(f"in_flight_share is {self.in_flight_share}, give a part of a pool, in (0, 1]")

@@ -1,0 +1,353 @@
+"""One route of offloading: from a pool's outbox through a bounded queue into jobs, and into the pool below.
+
+What waits is held weakly: evicted meanwhile, it is dropped and counted, and its descendants in that job with it. What
+moves is held on both sides until it is settled. Nothing here ever waits. The planner's lock guards it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.blocks import ImmutableBlocks, MutableBlocks
+from kvbm.jobs import CopyJob, Outcome
+from kvbm.planner.counters import RouteCounters
+from kvbm.planner.ledger import After, OpenJob
+from kvbm.planner.limits import Limits
+from kvbm.planner.lineage import Lineages
+from kvbm.planner.policies import Candidates, OffloadPolicy
+from kvbm.pool import BlockPool
+from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, OutboxKind, Tier
+
+_log = logging.getLogger("kvbm.planner")
+
+Mask = npt.NDArray[np.bool_]
+Moved = Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None]
+
+
+@dataclass
+class _Batch:
+    """Blocks that wait, in order of registration."""
+
+    ids: IdArray
+    hashes: HashArray
+    parents: HashArray
+    seq: int  # of the first block's outbox row
+
+
+@dataclass
+class _Load:
+    """What one job holds."""
+
+    source: ImmutableBlocks
+    target: MutableBlocks
+    hashes: HashArray
+    parents: HashArray
+    priorities: npt.NDArray[np.uint8]
+    before: HashArray  # the chain above the first block
+    keys: list[bytes]
+    seq: int
+
+
+class OffloadRoute:
+    """Moves registered blocks from one pool to the one below.
+
+    Parameters
+    ----------
+    source, destination : BlockPool
+    policy : OffloadPolicy
+        Of this route alone.
+    limits : Limits
+    counters : RouteCounters
+    lineages : Lineages
+        Shared by all routes.
+    next_id : callable
+        Gives job numbers.
+    moved : callable
+        Told of blocks that were stored below: route, slots there, hashes, parents.
+    """
+
+    def __init__(
+        self,
+        source: BlockPool,
+        destination: BlockPool,
+        policy: OffloadPolicy,
+        *,
+        limits: Limits,
+        counters: RouteCounters,
+        lineages: Lineages,
+        next_id: Callable[[], int],
+        moved: Moved,
+    ) -> None:
+        self.source = source
+        self.destination = destination
+        self.counters = counters
+        self._policy = policy
+        self._limits = limits
+        self._lineages = lineages
+        self._next_id = next_id
+        self._moved = moved
+        self._events = source.subscribe_events(["created"])
+        self._last_seq: int | None = None  # of the rows read so far
+        self._queue: deque[_Batch] = deque()
+        self._in_flight: dict[bytes, None] = {}
+        self._loads: dict[int, _Load] = {}  # by job
+        self._max_in_flight = max(1, int(limits.in_flight_share * min(source.total_blocks, destination.total_blocks)))
+
+    @property
+    def key(self) -> tuple[Tier, Tier]:
+        """The tiers of the route."""
+        return self.source.tier, self.destination.tier
+
+    # -- what comes in -----------------------------------------------------------------------------------------
+
+    def collect(self, *, everything: bool = False) -> bool:
+        """Take registered blocks out of the outbox; return whether there were any.
+
+        Parameters
+        ----------
+        everything : bool
+            Also what the queue has no room for, to drop and count it; otherwise that stays in the outbox, which is
+            bounded too.
+        """
+        room = self._limits.queue_blocks - self.counters.queued
+        if room <= 0 and not everything:
+            return False
+        rows = self._events.poll_rows(None if everything else room)
+        if not len(rows):
+            return False
+        is_gap = rows["kind"] == OutboxKind.GAP
+        if is_gap.any():  # it carries the number of the last row lost; how many of those were registrations is lost too
+            self._drop("lost_events", max(1, int(rows["seq"][is_gap][-1]) - max(0, self.last_seq)))
+        self._last_seq = int(rows["seq"][-1])
+        rows = rows[~is_gap]
+        if len(rows):
+            batch = _Batch(
+                np.ascontiguousarray(rows["id"]),
+                np.ascontiguousarray(rows["hash"]),
+                np.ascontiguousarray(rows["parent"]),
+                int(rows["seq"][0]),
+            )
+            self._choose(batch, self._policy.registered)
+        return True
+
+    def used(self, hashes: HashArray) -> None:
+        """Offer blocks of the source that a request has found."""
+        self._offer(hashes, self._policy.used)
+
+    def prioritised(self, hashes: HashArray) -> None:
+        """Offer blocks of the source that have a new priority."""
+        self._offer(hashes, self._policy.prioritised)
+
+    def _offer(self, hashes: HashArray, choose: Callable[[Candidates], Mask]) -> None:
+        ids = self.source.lookup(hashes)
+        places = np.flatnonzero(ids >= 0)
+        if len(places):
+            _, parents, _ = self.source.describe_blocks(ids[places])
+            seq = -1 if self._last_seq is None else self._last_seq
+            self._choose(_Batch(ids[places], hashes[places], parents, seq), choose)
+
+    def _choose(self, batch: _Batch, choose: Callable[[Candidates], Mask]) -> None:
+        _, _, priorities = self.source.describe_blocks(batch.ids)
+        candidates = Candidates(*self.key, batch.hashes, batch.parents, priorities)
+        try:
+            mask = np.asarray(choose(candidates), dtype=np.bool_)
+            if mask.shape != (len(candidates),):
+                raise ValueError(f"answered {mask.shape} for {len(candidates)} blocks")
+        except Exception:
+            _log.exception("offload policy failed policy=%s num_blocks=%d", type(self._policy).__name__, len(batch.ids))
+            self._drop("policy_failed", len(batch.ids))
+            return
+        places = np.flatnonzero(mask)
+        room = max(0, self._limits.queue_blocks - self.counters.queued)
+        self._drop("queue_full", len(places) - room)
+        places = places[:room]
+        if len(places):
+            self._queue.append(_Batch(batch.ids[places], batch.hashes[places], batch.parents[places], batch.seq))
+            self.counters.queued += len(places)
+
+    # -- what goes out -----------------------------------------------------------------------------------------
+
+    def emit(self) -> CopyJob | None:
+        """Make the next job and hold its blocks; None when nothing waits or too much moves."""
+        while self._queue and self.counters.in_flight < self._max_in_flight:
+            batch = self._take(min(self._limits.job_blocks, self._max_in_flight - self.counters.in_flight))
+            load = self._hold(batch)
+            if load is not None:
+                job_id = self._next_id()
+                self._loads[job_id] = load
+                self._in_flight.update(dict.fromkeys(load.keys))
+                self.counters.in_flight += len(load.keys)
+                return CopyJob(
+                    job_id=job_id,
+                    source=self.source.tier,
+                    destination=self.destination.tier,
+                    source_ids=load.source.block_ids,
+                    destination_ids=load.target.block_ids,
+                    hashes=load.hashes,
+                    parents=load.parents,
+                    priorities=load.priorities,
+                    timeout_s=self._limits.offload_timeout_s,
+                )
+        return None
+
+    def _take(self, n: int) -> _Batch:
+        """Take up to n blocks off the queue, of several requests where one has fewer."""
+        parts: list[_Batch] = []
+        while self._queue and n > 0:
+            head = self._queue.popleft()
+            if len(head.ids) > n:
+                self._queue.appendleft(_Batch(head.ids[n:], head.hashes[n:], head.parents[n:], head.seq))
+                head = _Batch(head.ids[:n], head.hashes[:n], head.parents[:n], head.seq)
+            parts.append(head)
+            n -= len(head.ids)
+        batch = parts[0]
+        if len(parts) > 1:
+            batch = _Batch(
+                np.concatenate([part.ids for part in parts]),
+                np.concatenate([part.hashes for part in parts]),
+                np.concatenate([part.parents for part in parts]),
+                batch.seq,
+            )
+        self.counters.queued -= len(batch.ids)
+        return batch
+
+    def _hold(self, batch: _Batch) -> _Load | None:
+        """Hold what still has to be moved and is still there, on both sides."""
+        keys = _keys(batch.hashes)
+        is_present = self.destination.lookup(batch.hashes) >= 0
+        seen: set[bytes] = set()
+        wanted = []
+        for i, key in enumerate(keys):
+            if not (is_present[i] or key in self._in_flight or key in seen):
+                wanted.append(i)
+                seen.add(key)
+        self.counters.present += len(keys) - len(wanted)
+        if not wanted:
+            return None
+        places = np.array(wanted, dtype=np.intp)
+        ids, hashes, parents = batch.ids[places], batch.hashes[places], batch.parents[places]
+        source, is_there = self.source.hold_blocks(ids, hashes)
+        if not is_there.all():
+            source, is_there = self._without_orphans(source, hashes, parents, is_there)
+        target = self._find_room(len(source))
+        if target is None:
+            self._drop("no_room", len(source))
+            source.release()
+            return None
+        if len(target) < len(source):
+            self._drop("no_room", len(source) - len(target))
+            source, rest = source.split(len(target))
+            rest.release()
+        hashes, parents, priorities = self.source.describe_blocks(source.block_ids)
+        before = self._lineages.extend(parents, hashes)
+        return _Load(source, target, hashes, parents, priorities, before, _keys(hashes), batch.seq)
+
+    def _without_orphans(
+        self, source: ImmutableBlocks, hashes: HashArray, parents: HashArray, is_there: Mask
+    ) -> tuple[ImmutableBlocks, Mask]:
+        """Let go of the descendants of blocks that are gone: without those they could not be found."""
+        gone = {key for key, there in zip(_keys(hashes), is_there, strict=True) if not there}
+        self._drop("evicted", len(gone))
+        is_kept = is_there.copy()
+        for i, (key, parent) in enumerate(zip(_keys(hashes), _keys(parents), strict=True)):
+            if is_there[i] and parent in gone:
+                gone.add(key)
+                is_kept[i] = False
+        if (is_kept == is_there).all():
+            return source, is_there
+        kept, orphans = source.partition(is_kept[is_there])
+        self._drop("orphaned", len(orphans))
+        orphans.release()
+        return kept, is_kept
+
+    def _find_room(self, n: int) -> MutableBlocks | None:
+        if n == 0:
+            return None
+        target = self.destination.try_allocate_blocks(n)
+        if target is None and (available := min(n, self.destination.available_blocks)):
+            target = self.destination.try_allocate_blocks(available)
+        return target
+
+    # -- what came of it ---------------------------------------------------------------------------------------
+
+    def settle(self, entry: OpenJob) -> Iterable[After]:
+        """Register what arrived, let go of the rest."""
+        load = self._loads.pop(entry.job.job_id)
+        for key in load.keys:
+            del self._in_flight[key]
+        self.counters.in_flight -= len(load.keys)
+        self.counters.observe(entry.label, entry.seconds)
+        ok = entry.ok
+        for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
+            self._drop(outcome.name.lower(), int((entry.outcomes == outcome).sum()))
+        arrived, lost = load.target.partition(ok)
+        lost.release()
+        num_arrived = len(arrived)
+        if num_arrived:
+            stored = self.destination.register_blocks(arrived.complete(load.hashes[ok], parents=load.parents[ok]))
+            self._moved(self.key, stored.block_ids, load.hashes[ok], load.parents[ok])
+            self._carry_priorities(load.hashes[ok], load.priorities[ok])
+            stored.release()
+            self.destination.touch_blocks(load.before)
+            self.counters.blocks += num_arrived
+            self.counters.nbytes += entry.nbytes
+        corrupt = entry.outcomes == Outcome.CORRUPT
+        if corrupt.any():
+            bad, load.source = load.source.partition(corrupt)
+            self.source.discard_blocks(bad)
+            bad.release()
+        load.source.release()
+        self.source.touch_blocks(load.before)
+        if not ok.all():
+            _log.warning(
+                "offload incomplete source=%s destination=%s num_blocks=%d num_moved=%d reason=%s",
+                *(tier.value for tier in self.key), len(ok), num_arrived, entry.reason,
+            )  # fmt: skip
+        return ()
+
+    def _carry_priorities(self, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
+        for priority in np.unique(priorities[priorities != DEFAULT_PRIORITY]).tolist():
+            self.destination.set_priority(hashes[priorities == priority], priority)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def last_seq(self) -> int:
+        """Number of the last outbox row that was taken out; -1 before the first."""
+        return -1 if self._last_seq is None else self._last_seq
+
+    def is_done(self, seq: int) -> bool:
+        """Whether nothing that was registered up to this outbox row waits or moves."""
+        if self._queue and self._queue[0].seq <= seq:
+            return False
+        return all(load.seq > seq for load in self._loads.values())
+
+    def drop_queue(self, reason: str) -> None:
+        """Drop what waits; what moves is settled when it is answered."""
+        self._drop(reason, self.counters.queued)
+        self._queue.clear()
+        self.counters.queued = 0
+
+    def close(self) -> None:
+        """Drop what waits, and read no more."""
+        self.drop_queue("closed")
+        self._events.close()
+
+    def _drop(self, reason: str, num_blocks: int) -> None:
+        if num_blocks > 0:
+            self.counters.dropped[reason] += num_blocks
+            _log.debug(
+                "offload dropped source=%s destination=%s reason=%s num_blocks=%d",
+                *(tier.value for tier in self.key), reason, num_blocks,
+            )  # fmt: skip
+
+
+def _keys(hashes: HashArray) -> list[bytes]:
+    data = hashes.tobytes()
+    return [data[i : i + 16] for i in range(0, len(data), 16)]

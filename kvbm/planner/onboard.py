@@ -1,0 +1,222 @@
+"""Loading blocks into the top tier: which jobs a hit needs, and what their answers mean.
+
+A block that is already on its way is joined, not loaded twice. What arrives whole is registered at once, whether or not
+its waiter is still there; a copy that is bad is discarded where it lay. The planner's lock guards it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.blocks import MutableBlocks
+from kvbm.jobs import CopyJob, Outcome
+from kvbm.planner.counters import PlannerStatistics
+from kvbm.planner.hit import HitPart
+from kvbm.planner.ledger import After, OpenJob
+from kvbm.planner.limits import Limits
+from kvbm.planner.onboarding import Onboarding
+from kvbm.pool import BlockPool
+from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, Tier
+
+_log = logging.getLogger("kvbm.planner")
+
+Places = npt.NDArray[np.intp]
+
+
+@dataclass
+class _Load:
+    """One open job; its sources are held by its owner."""
+
+    pool: BlockPool  # that the sources lie in
+    ids: IdArray
+    hashes: HashArray
+    target: MutableBlocks
+    owner: Onboarding
+    places: Places
+    joined: list[tuple[Onboarding, Places, Places]] = field(default_factory=list)  # whose, its places, indices here
+
+
+@dataclass
+class _Plan:
+    """What must be done for one part of a hit, before anything is."""
+
+    part: HitPart
+    hashes: HashArray
+    indices: Places  # into the part: to be loaded
+    joins: dict[int, list[tuple[int, int]]]  # job -> (place, index in that job)
+
+
+class Onboarder:
+    """All onboardings into one pool.
+
+    Parameters
+    ----------
+    top : BlockPool
+    limits : Limits
+    statistics : PlannerStatistics
+    next_id : callable
+        Gives job numbers.
+    moved : callable
+        Told of blocks that were stored in the top tier: route, slots there, hashes, parents.
+    """
+
+    def __init__(
+        self,
+        top: BlockPool,
+        *,
+        limits: Limits,
+        statistics: PlannerStatistics,
+        next_id: Callable[[], int],
+        moved: Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None],
+    ) -> None:
+        self._top = top
+        self._limits = limits
+        self._statistics = statistics
+        self._next_id = next_id
+        self._moved = moved
+        self._loads: dict[int, _Load] = {}  # by job
+        self._loading: dict[bytes, tuple[int, int]] = {}  # hash -> job, index in it
+
+    def begin(self, onboarding: Onboarding, parts: list[HitPart], timeout_s: float) -> list[CopyJob]:
+        """Take over a hit's parts and make the jobs that load what is not in the top tier.
+
+        Raises
+        ------
+        NotEnoughBlocksAvailable
+            The top tier has no room; nothing was taken, the parts are as they were.
+        """
+        plans = [self._plan(part, onboarding.hashes) for part in parts if part.pool is not self._top]
+        num_loads = sum(len(plan.indices) for plan in plans)
+        target = self._top.allocate_blocks(num_loads)
+        for part in parts:
+            if part.pool is self._top:
+                onboarding.add(part.places, part.blocks)
+            else:
+                onboarding.sources.append(part)
+        jobs = []
+        for plan in plans:
+            for job_id, pairs in plan.joins.items():
+                places, indices = (np.array(side, dtype=np.intp) for side in zip(*pairs, strict=True))
+                self._loads[job_id].joined.append((onboarding, places, indices))
+                onboarding.num_open += 1
+                self._statistics.joined += len(places)
+            for start in range(0, len(plan.indices), self._limits.job_blocks):
+                indices = plan.indices[start : start + self._limits.job_blocks]
+                mine, target = target.split(len(indices))
+                jobs.append(self._load(plan, indices, mine, onboarding, timeout_s))
+        return jobs
+
+    def _plan(self, part: HitPart, hashes: HashArray) -> _Plan:
+        names = hashes[part.places]
+        if not self._loading:
+            return _Plan(part, names, np.arange(len(names)), {})
+        data = names.tobytes()
+        joins: dict[int, list[tuple[int, int]]] = {}
+        indices = []
+        for i, place in enumerate(part.places.tolist()):
+            loading = self._loading.get(data[16 * i : 16 * i + 16])
+            if loading is None:
+                indices.append(i)
+            else:
+                joins.setdefault(loading[0], []).append((place, loading[1]))
+        return _Plan(part, names, np.array(indices, dtype=np.intp), joins)
+
+    def _load(
+        self, plan: _Plan, indices: Places, target: MutableBlocks, owner: Onboarding, timeout_s: float
+    ) -> CopyJob:
+        pool, job_id = plan.part.pool, self._next_id()
+        ids, hashes = plan.part.blocks.block_ids[indices], plan.hashes[indices]
+        self._loads[job_id] = _Load(pool, ids, hashes, target, owner, plan.part.places[indices])
+        data = hashes.tobytes()
+        for i in range(len(hashes)):
+            self._loading[data[16 * i : 16 * i + 16]] = job_id, i
+        owner.num_open += 1
+        self._statistics.route(pool.tier, self._top.tier).in_flight += len(ids)
+        return CopyJob(
+            job_id=job_id,
+            source=pool.tier,
+            destination=self._top.tier,
+            source_ids=ids,
+            destination_ids=target.block_ids,
+            hashes=hashes,
+            timeout_s=timeout_s,
+            is_urgent=True,
+        )
+
+    def settle(self, entry: OpenJob) -> Iterable[After]:
+        """Register what arrived, hand it to those who wait, discard copies that are bad."""
+        load = self._loads.pop(entry.job.job_id)
+        data = load.hashes.tobytes()
+        for i in range(len(load.hashes)):
+            del self._loading[data[16 * i : 16 * i + 16]]
+        self._count(load, entry)
+        ok = entry.ok
+        arrived, hashes, places = load.target, load.hashes, load.places
+        _, parents, priorities = load.pool.describe_blocks(load.ids)
+        if not ok.all():
+            arrived, lost = load.target.partition(ok)
+            lost.release()
+            hashes, places, parents, priorities = hashes[ok], places[ok], parents[ok], priorities[ok]
+            self._discard(load, entry)
+        stored = self._top.register_blocks(arrived.complete(hashes, parents=parents))
+        self._moved((load.pool.tier, self._top.tier), stored.block_ids, hashes, parents)
+        for priority in np.unique(priorities[priorities != DEFAULT_PRIORITY]).tolist():
+            self._top.set_priority(hashes[priorities == priority], priority)
+        ids = np.full(len(ok), -1, dtype=np.int32)
+        ids[ok] = stored.block_ids
+        for other, other_places, indices in load.joined:
+            good = ok[indices]
+            blocks, is_there = self._top.hold_blocks(ids[indices[good]], load.hashes[indices[good]])
+            other.add(other_places[good][is_there], blocks)
+        load.owner.add(places, stored)
+        ends = []
+        for onboarding in (load.owner, *(other for other, _, _ in load.joined)):
+            onboarding.num_open -= 1
+            if onboarding.is_settled:
+                ends.append(onboarding.finish())
+                self._release(onboarding)
+        return ends
+
+    @property
+    def loading(self) -> list[Onboarding]:
+        """Onboardings that wait for open jobs."""
+        found: dict[int, Onboarding] = {}
+        for load in self._loads.values():
+            for onboarding in (load.owner, *(other for other, _, _ in load.joined)):
+                found[id(onboarding)] = onboarding
+        return list(found.values())
+
+    def _release(self, onboarding: Onboarding) -> None:
+        """Give the sources back; then the whole prefix becomes young, so that it leaves after its leaves."""
+        parts, onboarding.sources = onboarding.sources, []
+        for part in reversed(parts):
+            part.blocks.release()
+        for part in parts:
+            part.pool.touch_blocks(onboarding.hashes)
+
+    def _discard(self, load: _Load, entry: OpenJob) -> None:
+        """Unpublish sources that are bad: no other request shall wait for them."""
+        is_bad = entry.outcomes >= Outcome.FAILED
+        bad, _ = load.pool.hold_blocks(load.ids[is_bad], load.hashes[is_bad])
+        load.pool.discard_blocks(bad)
+        bad.release()
+        _log.warning(
+            "onboard incomplete source=%s num_blocks=%d num_good=%d num_corrupt=%d reason=%s",
+            load.pool.tier.value, len(load.ids), int(entry.ok.sum()),
+            int((entry.outcomes == Outcome.CORRUPT).sum()), entry.reason,
+        )  # fmt: skip
+
+    def _count(self, load: _Load, entry: OpenJob) -> None:
+        counters = self._statistics.route(load.pool.tier, self._top.tier)
+        counters.in_flight -= len(load.ids)
+        counters.blocks += int(entry.ok.sum())
+        counters.nbytes += entry.nbytes
+        counters.observe(entry.label, entry.seconds)
+        for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
+            if num_blocks := int((entry.outcomes == outcome).sum()):
+                counters.dropped[outcome.name.lower()] += num_blocks

@@ -1,0 +1,8 @@
+"""Offload policies: which blocks go to the tier below, one policy a file."""
+
+from kvbm.planner.policies.always import AlwaysPolicy
+from kvbm.planner.policies.base import Candidates, OffloadPolicy
+from kvbm.planner.policies.priority import PriorityPolicy
+from kvbm.planner.policies.second_use import SecondUsePolicy
+
+__all__ = ["AlwaysPolicy", "Candidates", "OffloadPolicy", "PriorityPolicy", "SecondUsePolicy"]

@@ -1,0 +1,241 @@
+"""The threads of a disk storage: batches in, a mask out, reads before writes.
+
+A batch is cut into pieces, runs of adjacent slots that one call moves; threads take pieces. One lock guards the queue
+and the counters, and is never held while bytes move. Waking goes through a `SimpleQueue`, so that a finaliser, which
+must not take a lock, can stop the threads. The last thread to leave closes the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.errors import PoolClosed, StorageError, TransferTimeout
+from kvbm.storage.disk.files import DiskFiles, OsCalls
+from kvbm.storage.disk.mover import Batch, BlockMover, Piece
+from kvbm.types import IdArray
+
+_log = logging.getLogger("kvbm.storage.disk")
+
+_READS_IN_A_ROW = 16  # then a waiting write goes, so that writes do not wait for ever
+
+
+@dataclass
+class DiskCounters:
+    """What a disk storage has done since it was opened.
+
+    Attributes
+    ----------
+    num_reads, num_writes : int
+        Blocks moved.
+    num_calls : int
+        Positional reads and writes, retries included.
+    read_nbytes, written_nbytes : int
+        Bytes of those blocks.
+    num_failures : int
+        Blocks that could not be read or written.
+    last_error : str
+        What the last failure said; empty while there is none.
+    """
+
+    num_reads: int = 0
+    num_writes: int = 0
+    num_calls: int = 0
+    read_nbytes: int = 0
+    written_nbytes: int = 0
+    num_failures: int = 0
+    last_error: str = ""
+
+
+class DiskEngine:
+    """Moves blocks between a data file and memory.
+
+    Parameters
+    ----------
+    files : DiskFiles
+        Closed by the engine when its last thread leaves.
+    block_nbytes, slot_nbytes : int
+    num_threads : int
+        Started as they are needed.
+    max_queued_nbytes : int
+        Bytes of reads, and as many of writes, that may wait or move; a batch larger than that goes alone.
+    os_calls : OsCalls
+    """
+
+    def __init__(
+        self,
+        files: DiskFiles,
+        *,
+        block_nbytes: int,
+        slot_nbytes: int,
+        num_threads: int,
+        max_queued_nbytes: int,
+        os_calls: OsCalls,
+    ) -> None:
+        self.counters = DiskCounters()
+        self._files = files
+        self._mover = BlockMover(files, block_nbytes=block_nbytes, slot_nbytes=slot_nbytes, os_calls=os_calls)
+        self._block_nbytes = block_nbytes
+        self._num_threads = num_threads
+        self._max_queued_nbytes = max_queued_nbytes
+        self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: a piece waits; False: one thread leaves
+        self._waiting: dict[bool, deque[Piece]] = {True: deque(), False: deque()}  # by is_read
+        self._queued_nbytes = {True: 0, False: 0}  # waiting or moving
+        self._num_reads_in_a_row = 0
+        self._threads: list[threading.Thread] = []
+        self._num_running = 0
+        self._is_closing = False
+        self._known_errnos: set[int] = set()  # announced once each
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether the caller is one of the threads: it must not wait for them."""
+        return threading.current_thread() in self._threads
+
+    def submit(self, is_read: bool, ids: IdArray, memory: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> Batch:
+        """Queue a batch that was checked; waits for room, except in a thread of the engine."""
+        batch = Batch(is_read, ids, memory, rows)
+        pieces = self._mover.cut(batch)
+        batch.num_pieces_left = len(pieces)
+        try:
+            self._queue(is_read, pieces)
+        except BaseException:  # ctrl-C: nobody will hear of this batch, so no more of it is to move
+            batch.transfer.cancel()
+            raise
+        if not pieces:
+            batch.transfer.set_result(batch.mask())
+        return batch
+
+    def close(self, timeout: float | None = None) -> None:
+        """Let what was submitted end, and stop the threads; may be called again."""
+        give_up = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            self.stop()
+            self._has_room.notify_all()
+        # A callback of a transfer may close the storage from a thread, which cannot wait for itself.
+        threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in threads:
+            thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        if num_running := sum(thread.is_alive() for thread in threads):
+            raise TransferTimeout(f"{num_running} threads still read or write after {timeout} s ({self._files.path})")
+
+    def stop(self) -> None:
+        """Ask the threads to leave when the queue is empty; takes no lock, for finalisers."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        for _ in self._threads:  # behind every piece that waits
+            self._wake.put(False)
+        if not self._threads:
+            self._files.close()
+
+    # -- the queue ---------------------------------------------------------------------------------------------
+
+    def _queue(self, is_read: bool, pieces: list[Piece]) -> None:
+        nbytes = sum(piece.nbytes for piece in pieces)
+        with self._lock:
+            if not self.is_worker:
+                self._has_room.wait_for(lambda: self._is_closing or self._fits(is_read, nbytes))
+            if self._is_closing:
+                raise PoolClosed("DiskStorage is closed")
+            self._start_threads(len(pieces))
+            self._queued_nbytes[is_read] += nbytes
+            self._waiting[is_read].extend(pieces)
+            for _ in pieces:
+                self._wake.put(True)
+
+    def _fits(self, is_read: bool, nbytes: int) -> bool:
+        queued = self._queued_nbytes[is_read]
+        return not queued or queued + nbytes <= self._max_queued_nbytes
+
+    def _start_threads(self, num_pieces: int) -> None:
+        for _ in range(min(num_pieces, self._num_threads - len(self._threads))):
+            thread = threading.Thread(target=self._work, name="kvbm-disk", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if self._threads:
+                    return
+                raise StorageError(errno.EAGAIN, f"cannot start a thread: {error}", str(self._files.path)) from error
+            self._threads.append(thread)
+            self._num_running += 1
+
+    def _work(self) -> None:
+        is_leaving = False
+        while not is_leaving:
+            is_leaving = not self._wake.get()
+            while (piece := self._take()) is not None:  # all there is: a wake-up may have been lost to ctrl-C
+                self._run(piece)
+                del piece  # a thread that waits keeps nobody's memory
+        with self._lock:
+            self._num_running -= 1
+            is_last = not self._num_running
+        if is_last:
+            self._files.close()
+
+    def _run(self, piece: Piece) -> None:
+        try:
+            if not piece.batch.transfer.done():  # cancelled while it waited: no byte has moved
+                self._mover.move(piece)
+        except Exception as error:
+            _log.exception("disk I/O failed in an unexpected way path=%s", self._files.path)
+            places = range(piece.first, piece.last)
+            for i in places:
+                piece.batch.is_good[i] = False
+            surprise = OSError(errno.EIO, f"{type(error).__name__}: {error}")
+            piece.failures = [(i, surprise) for i in places]
+        self._finish(piece)
+
+    def _take(self) -> Piece | None:
+        with self._lock:
+            reads, writes = self._waiting[True], self._waiting[False]
+            if reads and (self._num_reads_in_a_row < _READS_IN_A_ROW or not writes):
+                self._num_reads_in_a_row += 1
+                return reads.popleft()
+            self._num_reads_in_a_row = 0
+            return writes.popleft() if writes else None
+
+    def _finish(self, piece: Piece) -> None:
+        batch, counters = piece.batch, self.counters
+        num_good = sum(batch.is_good[piece.first : piece.last])
+        with self._lock:
+            counters.num_calls += piece.num_calls
+            if batch.is_read:
+                counters.num_reads += num_good
+                counters.read_nbytes += num_good * self._block_nbytes
+            else:
+                counters.num_writes += num_good
+                counters.written_nbytes += num_good * self._block_nbytes
+            levels = [self._keep_error(batch, i, error) for i, error in piece.failures]
+            self._queued_nbytes[batch.is_read] -= piece.nbytes
+            batch.num_pieces_left -= 1
+            is_over = not batch.num_pieces_left
+            self._has_room.notify_all()
+        verb = "read" if batch.is_read else "write"
+        for level, (i, error) in zip(levels, piece.failures, strict=True):
+            _log.log(
+                level, "disk %s failed block_id=%d path=%s error=%s", verb, batch.slots[i], self._files.path, error
+            )
+        if is_over:
+            batch.transfer.set_result(batch.mask())
+
+    def _keep_error(self, batch: Batch, i: int, error: OSError) -> int:
+        """Count a failed block; give the level to log it at: each errno is announced once."""
+        verb = "read" if batch.is_read else "write"
+        batch.error = batch.error or error
+        self.counters.num_failures += 1
+        self.counters.last_error = f"could not {verb} block {batch.slots[i]} of {self._files.path}: {error}"
+        code = error.errno or 0
+        level = logging.DEBUG if code in self._known_errnos else logging.WARNING
+        self._known_errnos.add(code)
+        return level
