@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.errors import ConfigError
+from kvbm.errors import BackendError, ConfigError
 from kvbm.types import HashArray, IdArray
 
 _MODULES = ("store", "hashing", "copies")
@@ -148,24 +148,24 @@ def load_backend(choice: str = "auto") -> Backend:
     ------
     ConfigError
         Another choice.
-    ImportError
+    BackendError
         The native twin was asked for and is absent, or it is there and cannot be loaded.
     """
     if choice not in ("auto", "native", "pure"):
-        raise ConfigError(f"KVBM_BACKEND={choice!r} is not known, use auto, native or pure")
+        raise ConfigError(f"twin {choice!r} is not known, use auto, native or pure (argument, or KVBM_BACKEND)")
     if choice == "pure":
         return _assemble("pure", "asked for")
     absent = [name for name in _MODULES if importlib.util.find_spec(f"kvbm._native.{name}") is None]
     if len(absent) == len(_MODULES) and choice == "auto":
         return _assemble("pure", "the extension modules are absent (built with KVBM_NATIVE=OFF, or removed)")
     if absent:
-        raise ImportError(
+        raise BackendError(
             f"kvbm's native twin lacks {', '.join(absent)}: reinstall with a C++ compiler, or set KVBM_BACKEND=pure"
         )
     try:
         return _assemble("native", "the extension modules are present" if choice == "auto" else "asked for")
     except ImportError as error:
-        raise ImportError(
+        raise BackendError(
             f"kvbm's native twin is there but cannot be loaded ({error}): reinstall it, or set KVBM_BACKEND=pure"
         ) from error
 

@@ -6,7 +6,6 @@ All blocks of a plan are cut alike: block i, piece j goes from ``source_blocks[i
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -163,15 +162,14 @@ def _stride(layout: BlockLayout, axis: str) -> int:
 
 
 def _piece_addresses(bound: BoundLayout, axes: Sequence[tuple[str, int]]) -> AddressArray:
-    addresses = []
-    for indices in itertools.product(*(range(size) for _, size in axes)):
-        layer = 0
-        offset = 0
-        for (axis, _), index in zip(axes, indices, strict=True):
-            offset += index * _stride(bound.layout, axis)
-            layer = index if axis == "layer" else layer
-        addresses.append(bound.addresses[layer if bound.layout.has_layer_buffers else 0] + offset)
-    return np.array(addresses, dtype=np.uint64)
+    pieces: AddressArray = np.zeros((), dtype=np.uint64)
+    for axis, size in axes:
+        steps = np.arange(size, dtype=np.uint64) * np.uint64(_stride(bound.layout, axis))
+        if axis == "layer" and bound.layout.has_layer_buffers:
+            steps += np.array(bound.addresses, dtype=np.uint64) - np.uint64(bound.addresses[0])
+        pieces = np.add.outer(pieces, steps)
+    pieces = pieces.ravel() + np.uint64(bound.addresses[0])
+    return pieces
 
 
 def _has_one_pitch(pieces: AddressArray) -> bool:

@@ -91,6 +91,10 @@ class PluginError(KvbmError, ImportError):
     """A plug-in cannot be found or loaded, or does not keep its contract."""
 
 
+class BackendError(KvbmError, ImportError):
+    """The native twin is absent or broken; the message says what to install or set."""
+
+
 class CudaError(KvbmError, RuntimeError):
     """A CUDA call failed."""
 

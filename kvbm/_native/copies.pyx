@@ -10,10 +10,11 @@ from libc.stdint cimport uint8_t, uint64_t
 cimport numpy as cnp
 
 import operator
+import os
 
 import numpy as np
 
-from kvbm.errors import length_mismatch, wrong_addresses, wrong_num_threads, wrong_piece_nbytes
+from kvbm.errors import ConfigError, length_mismatch, wrong_addresses, wrong_num_threads, wrong_piece_nbytes
 from kvbm.types import hash_array
 
 cnp.import_array()
@@ -37,6 +38,9 @@ cdef extern from "copy_engine.hpp" namespace "kvbm" nogil:
         size_t piece_nbytes
     void run_copy_job(const CopyJob& job, int num_threads) except +
     void run_memcpy_job(const CopyJob& job)
+
+if os.environ.get("KVBM_CPU", "avx512") not in ("baseline", "avx2", "avx512"):
+    raise ConfigError(f"KVBM_CPU={os.environ['KVBM_CPU']!r} is not known, use baseline, avx2 or avx512, or unset it")
 
 cdef enum:
     MAX_THREADS = 64

@@ -20,6 +20,9 @@ class ArrayView:
 
     Notes
     -----
+    From Python 3.12 on the buffer protocol works on the view itself, ``memoryview(view)``; before, a class written in
+    Python cannot offer it: use ``memoryview(view.numpy())``, which every version takes.
+
     DLPack knows no read-only memory before version 1.0: a consumer that does not ask for it gets `BufferError` on a
     registered block, as from NumPy. Use ``torch.from_numpy(view.numpy().copy())`` there.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,19 @@ def test_wrong_layers_sizes_and_types_are_refused_by_name(manager: BlockManager)
         block.layer_view(0, 2)
     with pytest.raises(LayoutError, match="takes 192 bytes, got 3"):
         manager.store_kv(block, 0, b"abc")
+
+
+def test_buffers_of_blocks_and_layers_share_memory(backend: Backend) -> None:
+    with BlockManager(**DIMS, backend=backend) as manager:
+        fresh = manager.allocate_blocks(1)
+        for view in (fresh[0].view(), fresh[0].layer(1), fresh[0].layer_view(1, 0)):
+            buffer = memoryview(view) if sys.version_info >= (3, 12) else memoryview(view.numpy())  # type: ignore[arg-type]
+            assert (buffer.shape, buffer.nbytes) == (view.shape, view.numpy().nbytes)
+            view.numpy()[...] = 0
+            buffer[(0,) * buffer.ndim] = 7.0
+            assert view.numpy().flat[0] == 7.0
+        layer = manager.register_blocks(fresh.complete(np.ones((1, 2), dtype=np.uint64)))[0].layer(0)
+        assert memoryview(layer.numpy()).readonly
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_native_is_given_when_asked_for_and_by_default(copied: Path) -> None:
 
 
 def test_unknown_choice_raises(copied: Path) -> None:
-    with pytest.raises(ConfigError, match="KVBM_BACKEND='fast' is not known, use auto, native or pure"):
+    with pytest.raises(ConfigError, match="twin 'fast' is not known, use auto, native or pure"):
         load_backend("fast")
-    assert "ConfigError: KVBM_BACKEND='fast' is not known" in run(copied, REPORT, "fast").stderr
+    assert "ConfigError: twin 'fast' is not known" in run(copied, REPORT, "fast").stderr
 
 
 def test_absent_extension_falls_back_to_pure_and_says_why(copied: Path) -> None:
@@ -78,7 +78,7 @@ def test_absent_extension_raises_when_native_is_asked_for(copied: Path) -> None:
         path.unlink()
     answer = run(copied, REPORT, "native")
     assert answer.returncode != 0
-    assert "ImportError: kvbm's native twin lacks store, hashing, copies: reinstall" in answer.stderr
+    assert "BackendError: kvbm's native twin lacks store, hashing, copies: reinstall" in answer.stderr
 
 
 @needs_native
@@ -88,7 +88,7 @@ def test_partly_absent_extension_raises_and_names_what_lacks(copied: Path) -> No
             path.unlink()
     answer = run(copied, REPORT)
     assert answer.returncode != 0
-    assert "ImportError: kvbm's native twin lacks copies: reinstall" in answer.stderr
+    assert "BackendError: kvbm's native twin lacks copies: reinstall" in answer.stderr
 
 
 @needs_native
@@ -99,7 +99,7 @@ def test_broken_extension_raises_and_names_the_cause(copied: Path) -> None:
     answer = run(copied, REPORT)
     assert answer.returncode != 0
     last = answer.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: kvbm's native twin is there but cannot be loaded (")
+    assert last.startswith("kvbm.errors.BackendError: kvbm's native twin is there but cannot be loaded (")
     assert "store" in last
     assert "KVBM_BACKEND=pure" in last
     assert run(copied, REPORT, "pure").stdout.strip() == "pure | asked for"

@@ -100,6 +100,20 @@ def test_policy_that_names_wrong_victims_changes_nothing(make_pool: MakePool, an
     pool.check()
 
 
+@pytest.mark.parametrize("answer", [lambda: None, lambda: 5, lambda: (1 // i for i in range(3))])
+def test_policy_that_gives_no_sequence_is_named_and_changes_nothing(make_pool: MakePool, answer: Any) -> None:
+    class OddPolicy(FifoPolicy):
+        def pop(self, n: int, protected: frozenset[int]) -> Sequence[int]:
+            return answer()  # type: ignore[no-any-return]
+
+    pool = make_pool(2, policy=OddPolicy())
+    keep(pool, [1, 2])
+    with pytest.raises(PluginError, match="eviction policy OddPolicy failed in pop"):
+        pool.allocate_blocks(1)
+    pool.check()
+    assert present(pool, [1, 2]) == [True, True]
+
+
 def test_policy_that_raises_is_named_and_changes_nothing(make_pool: MakePool) -> None:
     class RaisingPolicy(FifoPolicy):
         def pop(self, n: int, protected: frozenset[int]) -> Sequence[int]:
