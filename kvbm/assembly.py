@@ -138,6 +138,10 @@ def _join(
         storage = storages[tier]
         if isinstance(storage, HostStorage):
             pools[tier].bytes = StorageBytes(storage)
+        _log.info(
+            "tier opened worker_id=%s tier=%s num_blocks=%d block_nbytes=%d storage=%s",
+            config.runtime.worker_id, tier.value, layout.num_blocks, layout.block_nbytes, type(storage).__name__,
+        )  # fmt: skip
     executor = Executor(
         storages,
         copy_threads=config.runtime.copy_threads,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kvbm._backend import Backend, default_backend
 from kvbm.errors import ConfigError
 from kvbm.jobs import CopyJob, ForgetJob, InventoryJob, Job, JobResult, Outcome, ProbeJob, TouchedJob, Transfer
+from kvbm.jobs.messages import num_blocks_of
 from kvbm.storage.base import Storage
 from kvbm.storage.staging import StagingRing
 from kvbm.transfer import TransferEngine
@@ -79,7 +80,9 @@ class Executor:
         """Whether a job is a copy between memories of at most `small_nbytes`."""
         if not isinstance(job, CopyJob):
             return False
-        source, destination = self._storages[job.source], self._storages[job.destination]
+        source, destination = self._storages.get(job.source), self._storages.get(job.destination)
+        if source is None or destination is None:
+            return False
         is_memory = source.capabilities.is_addressable and destination.capabilities.is_addressable
         return is_memory and len(job.source_ids) * source.layout.block_nbytes <= self._small_nbytes
 
@@ -94,17 +97,22 @@ class Executor:
 
         Notes
         -----
-        Blocks for as long as bytes move towards the job's destination.
+        Blocks for as long as bytes move towards the job's destination. Trouble is an answer, never an exception.
         """
         began = self._clock()
         if isinstance(job, CopyJob):
             outcomes, reason = self._copy(job, deadline)
             num_good = int((outcomes == Outcome.OK).sum())
-            nbytes = num_good * self._storage(job.destination).layout.block_nbytes
+            nbytes = num_good * self._storage(job.destination).layout.block_nbytes if num_good else 0
             return JobResult(
                 job_id=job.job_id, outcomes=outcomes, nbytes=nbytes, seconds=self._clock() - began, reason=reason
             )
-        return self._keep_books(job)
+        try:
+            return self._keep_books(job)
+        except Exception as error:
+            _log.error("%s failed job_id=%d tier=%s error=%r", type(job).__name__, job.job_id, job.tier.value, error)
+            failed = np.full(num_blocks_of(job), Outcome.FAILED, dtype=np.uint8)
+            return JobResult(job_id=job.job_id, outcomes=failed, reason=_text_of(error))
 
     def close(self) -> None:
         """Let go of what the executor made; the caller has seen to it that no job runs."""
@@ -116,10 +124,10 @@ class Executor:
     # -- copies ------------------------------------------------------------------------------------------------
 
     def _copy(self, job: CopyJob, deadline: float | None) -> tuple[Outcomes, str]:
-        source, destination = self._storage(job.source), self._storage(job.destination)
-        if deadline is not None and self._clock() >= deadline:
+        if self._is_over(deadline):
             return np.full(len(job.hashes), Outcome.LATE, dtype=np.uint8), "its time was over before it began"
         try:
+            source, destination = self._storage(job.source), self._storage(job.destination)
             if not source.capabilities.is_addressable:
                 return self._copy_up(job, deadline)
             if not destination.capabilities.is_addressable:
@@ -131,7 +139,10 @@ class Executor:
                 "copy failed job_id=%d source=%s destination=%s num_blocks=%d error=%r",
                 job.job_id, job.source.value, job.destination.value, len(job.hashes), error,
             )  # fmt: skip
-            return np.full(len(job.hashes), Outcome.FAILED, dtype=np.uint8), str(error) or repr(error)
+            return np.full(len(job.hashes), Outcome.FAILED, dtype=np.uint8), _text_of(error)
+
+    def _is_over(self, deadline: float | None) -> bool:
+        return deadline is not None and self._clock() >= deadline
 
     def _move(
         self, job: CopyJob, source: tuple[Storage, IdArray], destination: tuple[Storage, IdArray], part: slice | Places
@@ -151,16 +162,21 @@ class Executor:
         chunk = max(1, staging.num_slots // 2)
         start = 0
         while start < num_blocks or reading:
-            if start < num_blocks and len(reading) < 2:
+            if start < num_blocks and len(reading) < 2 and not self._is_over(deadline):
                 wanted = min(chunk, num_blocks - start)
                 slots = staging.take(wanted, self._clock() if reading else deadline)
                 if len(slots):
                     part = slice(start, start + len(slots))
-                    reading.append((part, slots, source.submit_read(job.source_ids[part], staging.memory, slots)))
                     start = part.stop
+                    try:
+                        reading.append((part, slots, source.submit_read(job.source_ids[part], staging.memory, slots)))
+                    except Exception as error:  # no byte has moved
+                        staging.give(slots)
+                        outcomes[part] = Outcome.FAILED
+                        reasons.add(_text_of(error))
                     continue
-                if not reading:  # the ring is full of I/O that does not end
-                    break
+            if not reading:  # the time is over, or the ring is full of I/O that does not end
+                break
             part, slots, transfer = reading.popleft()
             if not self._wait(transfer, deadline):
                 self._abandon((slots, transfer), *((s, t) for _, s, t in reading))
@@ -170,7 +186,7 @@ class Executor:
                 reasons.add(reason)
             except Exception as error:
                 outcomes[part] = Outcome.FAILED
-                reasons.add(str(error) or repr(error))
+                reasons.add(_text_of(error))
             finally:
                 staging.give(slots)
         return outcomes, reasons.text(outcomes)
@@ -217,7 +233,7 @@ class Executor:
         outcomes = np.full(len(job.hashes), Outcome.LATE, dtype=np.uint8)
         reasons = _Reasons("its time was over")
         start = 0
-        while start < len(job.hashes):
+        while start < len(job.hashes) and not self._is_over(deadline):
             slots = staging.take(len(job.hashes) - start, deadline)
             if not len(slots):
                 break
@@ -229,7 +245,10 @@ class Executor:
                 checksums = staging.storage.checksums[slots[places]] if self._verifies else None
                 written, reason = self._write(job, staging.memory, slots[places], places + start, checksums)
                 outcomes[part][places] = written
-                reasons.add(reason)
+                reasons.add(reason if good.all() else "checksum mismatch")
+            except Exception as error:
+                outcomes[part] = Outcome.FAILED
+                reasons.add(_text_of(error))
             finally:
                 staging.give(slots)
             start = part.stop
@@ -318,6 +337,10 @@ class _Reasons:
         if (outcomes == Outcome.LATE).any():
             self.add(self._late)
         return ", ".join(self._seen)
+
+
+def _text_of(error: Exception) -> str:
+    return str(error) or repr(error)
 
 
 def _judge(good: npt.NDArray[np.bool_]) -> Outcomes:

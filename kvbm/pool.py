@@ -7,6 +7,7 @@ next call.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -34,6 +35,8 @@ from kvbm.types import (
     hash_list,
 )
 from kvbm.waiting import WaitList
+
+_log = logging.getLogger("kvbm.pool")
 
 
 class BlockPool:
@@ -98,14 +101,16 @@ class BlockPool:
         """Take n blocks to fill, evicting where needed; None when fewer are available."""
         self._begin()
         began = time.perf_counter()
-        answer = self._store.allocate(n)
-        if answer is None:
+        if (answer := self._store.allocate(n)) is None:
+            _log.debug("allocation refused pool=%s num_blocks=%d", self.name, n)
             return None
         ids, evicted = answer
         with self._lock:
             self._evictions += len(evicted)
             self._allocation_s.observe(time.perf_counter() - began)
         self._metadata.forget(ids)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("allocated pool=%s num_blocks=%d num_evicted=%d", self.name, n, len(evicted))
         return MutableBlocks(self, ids)
 
     def allocate_blocks(self, n: int, *, timeout: float | None = None) -> MutableBlocks:
@@ -381,6 +386,8 @@ class BlockPool:
         if not is_registered:
             self._metadata.forget(ids)
         self._store.release(ids)
+        if _log.isEnabledFor(logging.DEBUG) and len(ids):
+            _log.debug("released pool=%s num_blocks=%d is_registered=%s", self.name, len(ids), is_registered)
         self._waiters.wake()
 
     def _sweep_metadata(self) -> None:

@@ -16,6 +16,8 @@ from kvbm.plugins import PLUGIN_KINDS, plugin_names
 
 # Optional parts: module, what it is for, and the extra of kvbm-native that installs it ("" where none does).
 _OPTIONAL = (
+    ("prometheus_client", "kvbm.metrics", "metrics"),
+    ("matplotlib", "kvbm replay --report", "report"),
     ("torch", "DLPack exchange of blocks", ""),
     ("xxhash", "tests of the checksum", "test"),
     ("hypothesis", "kvbm.testing", "test"),

@@ -188,10 +188,10 @@ class OffloadConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     job_blocks: Annotated[PositiveInt, key("Blocks of one job.", _COUNT)] = 64
     in_flight_share: Annotated[Share, key("Share of a pool that jobs under way may hold.", _SHARE)] = 0.25
     staging_blocks: Annotated[
-        PositiveInt, key("Blocks of the ring between device and disk where there is no host tier.", _COUNT)
+        PositiveInt, key("Blocks of the ring that bytes pass through on their way to and from disk.", _COUNT)
     ] = 16
     verify_checksums: Annotated[bool, key("Check every block on its way up.", _SWITCH)] = True
     use_count_blocks: Annotated[PositiveInt, key("Blocks that the second_use policy remembers.", _COUNT)] = 65536
     min_priority: Annotated[
         Priority, key("Lowest priority that the priority policy offloads.", f"0 to {MAX_PRIORITY}")
-    ] = DEFAULT_PRIORITY
+    ] = DEFAULT_PRIORITY + 1  # one above what blocks have by default

@@ -56,7 +56,8 @@ class MigrationLog:
             for i, block_id in enumerate(ids.tolist()):
                 self._num_seen += 1
                 name, parent = SequenceHash(hashes[i].tobytes()), SequenceHash(parents[i].tobytes())
-                self._events.append(self._event(KvEventType.MIGRATED, route, block_id, name, parent))
+                event = self._event(KvEventType.MIGRATED, route, block_id, name, parent, sequence_number=self._num_seen)
+                self._events.append(event)
                 if len(self._events) > self._capacity:
                     self._events.popleft()
                     self._has_lost = True
@@ -67,8 +68,9 @@ class MigrationLog:
             taken, self._events = list(self._events), deque()
             has_lost, self._has_lost = self._has_lost, False
         if has_lost:
-            route = Tier(taken[0].metadata["source"]), taken[0].tier
-            taken.insert(0, self._event(KvEventType.GAP, route, -1, ZERO_HASH, ZERO_HASH))
+            first = taken[0]
+            route, last_lost = (Tier(first.metadata["source"]), first.tier), first.sequence_number - 1
+            taken.insert(0, self._event(KvEventType.GAP, route, -1, sequence_number=last_lost))
         return taken
 
     def close(self) -> None:
@@ -76,14 +78,21 @@ class MigrationLog:
         self.is_open = False
 
     def _event(
-        self, kind: KvEventType, route: tuple[Tier, Tier], block_id: int, name: SequenceHash, parent: SequenceHash
+        self,
+        kind: KvEventType,
+        route: tuple[Tier, Tier],
+        block_id: int,
+        name: SequenceHash = ZERO_HASH,
+        parent: SequenceHash = ZERO_HASH,
+        *,
+        sequence_number: int,
     ) -> KvEvent:
         return KvEvent(
             event_type=kind,
             block_id=block_id,
             worker_id=self._worker_id,
             timestamp=self._clock(),
-            sequence_number=self._num_seen,
+            sequence_number=sequence_number,
             sequence_hash=name,
             parent_hash=parent,
             tier=route[1],
@@ -144,4 +153,7 @@ class MergedSubscription:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
         self.close()

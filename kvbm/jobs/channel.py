@@ -66,8 +66,9 @@ class LocalChannel:
         self._is_small = is_small
         self._clock = clock
         self._receive: Receive | None = None
-        self._lock = threading.Lock()  # guards the lanes and closing; never held while a job runs
+        self._lock = threading.Condition(threading.Lock())  # guards what follows; never held while a job runs
         self._lanes: dict[str, _Lane] = {}
+        self._callers: list[int] = []  # threads that run a job of their own, by ident
         self._is_closed = False
 
     def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
@@ -79,17 +80,25 @@ class LocalChannel:
         deadline = None
         if isinstance(job, CopyJob) and job.timeout_s is not None:
             deadline = self._clock() + job.timeout_s
-        if self._is_small is not None and isinstance(job, CopyJob) and job.is_urgent and self._is_small(job):
-            self._run(job, deadline)
-            return
+        is_small = self._is_small is not None and isinstance(job, CopyJob) and job.is_urgent and self._is_small(job)
+        caller = threading.get_ident()
         with self._lock:
             if self._is_closed:
                 raise PoolClosed("the channel to the executor is closed")
-            name = _lane_of(job)
-            lane = self._lanes.get(name)
-            if lane is None:
-                lane = self._lanes[name] = _Lane(name, self._run)
-        lane.put(job, deadline)
+            if not is_small:
+                name = _lane_of(job)
+                lane = self._lanes.get(name)
+                if lane is None:
+                    lane = self._lanes[name] = _Lane(name, self._run)
+                lane.put(job, deadline)  # under the lock: a lane that was told to finish takes nothing more
+                return
+            self._callers.append(caller)
+        try:
+            self._run(job, deadline)
+        finally:
+            with self._lock:
+                self._callers.remove(caller)
+                self._lock.notify_all()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Run what was sent and end the threads; return whether they ended in time."""
@@ -100,17 +109,23 @@ class LocalChannel:
         for lane in lanes:
             lane.finish()
         are_ended = [lane.join(give_up) for lane in lanes]  # every one is given its time
-        return all(are_ended)
+        me = threading.get_ident()  # a callback of a small job closes: it cannot wait for itself
+        with self._lock:
+            is_idle = self._lock.wait_for(lambda: all(caller == me for caller in self._callers), remaining_s(give_up))
+        return all(are_ended) and is_idle
 
     def _run(self, job: Job, deadline: float | None) -> None:
         assert self._receive is not None, "a channel is opened before it is used"
         try:
             result = self._execute(job, deadline)
-        except Exception as error:  # executors answer; one that raises is a defect, and the waiter must hear of it
+        except BaseException as error:  # executors answer; one that raises is a defect, and the waiter must hear of it
             _log.exception("job failed job_id=%d kind=%s", job.job_id, type(job).__name__)
             outcomes = np.full(num_blocks_of(job), Outcome.FAILED, dtype=np.uint8)
-            result = JobResult(job_id=job.job_id, outcomes=outcomes, reason=repr(error))
-        self._receive(result)
+            self._receive(JobResult(job_id=job.job_id, outcomes=outcomes, reason=repr(error)))
+            if not isinstance(error, Exception):  # ctrl-C in the caller's thread
+                raise
+        else:
+            self._receive(result)
 
 
 class _Lane:
@@ -120,30 +135,31 @@ class _Lane:
         self._run = run
         self._urgent: deque[tuple[Job, float | None]] = deque()
         self._others: deque[tuple[Job, float | None]] = deque()
-        self._has_work = threading.Condition()
+        self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back
+        self._has_work = threading.Condition(self._lock)
         self._is_finishing = False
         self._thread = threading.Thread(target=self._work, name=f"kvbm-{name}", daemon=True)
         self._thread.start()
 
     def put(self, job: Job, deadline: float | None) -> None:
-        with self._has_work:
+        with self._lock:
             (self._urgent if isinstance(job, CopyJob) and job.is_urgent else self._others).append((job, deadline))
             self._has_work.notify()
 
     def finish(self) -> None:
-        with self._has_work:
+        with self._lock:
             self._is_finishing = True
             self._has_work.notify()
 
     def join(self, give_up: float | None) -> bool:
         if self._thread is threading.current_thread():  # a callback closes the manager: it cannot wait for itself
             return True
-        self._thread.join(None if give_up is None else max(0.0, give_up - time.monotonic()))
+        self._thread.join(remaining_s(give_up))
         return not self._thread.is_alive()
 
     def _work(self) -> None:
         while True:
-            with self._has_work:
+            with self._lock:
                 while not (self._urgent or self._others):
                     if self._is_finishing:
                         return
@@ -151,9 +167,14 @@ class _Lane:
                 job, deadline = (self._urgent or self._others).popleft()
             try:
                 self._run(job, deadline)
-            except Exception:
+            except BaseException:  # the jobs behind it still want their answers
                 _log.exception("a result could not be taken job_id=%d", job.job_id)
             del job
+
+
+def remaining_s(give_up: float | None) -> float | None:
+    """Give the seconds until a moment of the monotonic clock, as threads may wait them; None for ever."""
+    return None if give_up is None else min(max(0.0, give_up - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 def _lane_of(job: Job) -> str:

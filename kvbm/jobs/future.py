@@ -7,6 +7,7 @@ callback runs.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import threading
@@ -19,6 +20,7 @@ from kvbm.errors import TransferCancelled, TransferTimeout
 ResultT = TypeVar("ResultT")
 
 _log = logging.getLogger("kvbm.jobs")
+_LONGEST_TIMER_S = 3600.0
 
 
 class TransferState(str, enum.Enum):
@@ -41,7 +43,8 @@ class Transfer(Generic[ResultT]):
     clock : callable
         Gives seconds; monotonic.
     on_deadline : callable, optional
-        Called once the deadline has passed, by whoever looks; it may end the transfer with what there is.
+        Called once, by whoever looks first after the deadline, instead of ending in `TransferTimeout`: it ends the
+        transfer with what there is, or knows that somebody is about to.
     """
 
     def __init__(
@@ -54,11 +57,13 @@ class Transfer(Generic[ResultT]):
         self._clock = clock
         self._on_deadline = on_deadline
         self._deadline = None if deadline_s is None else clock() + deadline_s
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back
+        self._condition = threading.Condition(self._lock)
         self._state = TransferState.PENDING
         self._result: ResultT | None = None
         self._error: BaseException | None = None
         self._has_landed = False
+        self._is_expiring = False  # somebody has begun to end it because of its deadline
         self._callbacks: list[Callable[[Transfer[ResultT]], None]] = []
 
     @classmethod
@@ -97,13 +102,15 @@ class Transfer(Generic[ResultT]):
         """Block until it has ended or `timeout` seconds are over; return whether it has ended."""
         give_up = None if timeout is None else self._clock() + timeout
         while not self.done():
-            limits = [limit for limit in (give_up, self._deadline) if limit is not None]
-            remaining_s = min(limits) - self._clock() if limits else None
-            if give_up is not None and self._clock() >= give_up:
-                return False
-            with self._condition:
-                if self._state is TransferState.PENDING and (remaining_s is None or remaining_s > 0):
-                    self._condition.wait(remaining_s)
+            with self._lock:
+                if self._state is not TransferState.PENDING:
+                    continue
+                now = self._clock()
+                if give_up is not None and now >= give_up:
+                    return False
+                deadline = None if self._is_expiring else self._deadline
+                limits = [limit - now for limit in (give_up, deadline) if limit is not None]
+                self._condition.wait(min(*limits, threading.TIMEOUT_MAX) if limits else None)
         return True
 
     def result(self, timeout: float | None = None) -> ResultT:
@@ -130,7 +137,7 @@ class Transfer(Generic[ResultT]):
 
     def add_done_callback(self, callback: Callable[[Transfer[ResultT]], None]) -> None:
         """Call back with this transfer once it has ended: at once, or in the thread that ends it."""
-        with self._condition:
+        with self._lock:
             if self._state is TransferState.PENDING:
                 self._callbacks.append(callback)
                 return
@@ -141,17 +148,28 @@ class Transfer(Generic[ResultT]):
 
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
+        timer: asyncio.TimerHandle | None = None
 
         def wake() -> None:
             if not ended.done():
                 ended.set_result(None)
 
         def wake_loop(_: Transfer[ResultT]) -> None:
-            loop.call_soon_threadsafe(wake)
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+                loop.call_soon_threadsafe(wake)
+
+        def look() -> None:
+            nonlocal timer
+            self._look_at_deadline()
+            timer = look_later()  # the loop's clock may run ahead of ours
+
+        def look_later() -> asyncio.TimerHandle | None:
+            if self._deadline is None or self._state is not TransferState.PENDING:
+                return None
+            return loop.call_later(min(max(1e-3, self._deadline - self._clock()), _LONGEST_TIMER_S), look)
 
         self.add_done_callback(wake_loop)
-        remaining_s = None if self._deadline is None else max(0.0, self._deadline - self._clock())
-        timer = None if remaining_s is None else loop.call_later(remaining_s, self._look_at_deadline)
+        timer = look_later()
         try:
             yield from ended
         finally:
@@ -183,17 +201,28 @@ class Transfer(Generic[ResultT]):
     # -- private -----------------------------------------------------------------------------------------------
 
     def _look_at_deadline(self) -> None:
-        if self._state is TransferState.PENDING and self._deadline is not None and self._clock() >= self._deadline:
-            if self._on_deadline is not None:
-                self._on_deadline()
-            self._end(TransferState.TIMED_OUT, error=TransferTimeout("the transfer did not end before its deadline"))
+        if self._state is not TransferState.PENDING or self._deadline is None or self._clock() < self._deadline:
+            return
+        with self._lock:
+            if self._is_expiring:  # another thread, or on_deadline itself, looks too
+                return
+            self._is_expiring = True
+        on_deadline = self._on_deadline
+        if on_deadline is not None:
+            try:
+                on_deadline()
+                return
+            except Exception:
+                _log.exception("what a transfer does at its deadline failed: %r", on_deadline)
+        self._end(TransferState.TIMED_OUT, error=TransferTimeout("the transfer did not end before its deadline"))
 
     def _end(self, state: TransferState, *, result: ResultT | None = None, error: BaseException | None = None) -> bool:
-        with self._condition:
+        with self._lock:
             if self._state is not TransferState.PENDING:
                 return False
             self._result, self._error = result, error
             self._state = state
+            self._on_deadline = None  # it may know us: whoever forgets a transfer forgets its blocks at once
             callbacks, self._callbacks = self._callbacks, []
             self._condition.notify_all()
         for callback in callbacks:

@@ -8,6 +8,7 @@ seconds that remain, never a clock.
 from __future__ import annotations
 
 import enum
+import math
 from typing import Any, TypeAlias
 
 import msgspec
@@ -31,7 +32,7 @@ class Outcome(enum.IntEnum):
     CORRUPT = 3  # the source did not match its checksum
 
 
-class CopyJob(msgspec.Struct, frozen=True, kw_only=True, tag="copy"):
+class CopyJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="copy"):
     """Copy blocks from slots of one tier into slots of another, checked against their checksums.
 
     Attributes
@@ -60,7 +61,7 @@ class CopyJob(msgspec.Struct, frozen=True, kw_only=True, tag="copy"):
     is_urgent: bool = False
 
 
-class ForgetJob(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
+class ForgetJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="forget"):
     """Slots of a tier whose bytes count no more, where they still hold these hashes."""
 
     job_id: int
@@ -69,7 +70,7 @@ class ForgetJob(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
     hashes: npt.NDArray[np.uint64]
 
 
-class TouchedJob(msgspec.Struct, frozen=True, kw_only=True, tag="touched"):
+class TouchedJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="touched"):
     """Slots that were used again, oldest first, and their priorities: (num_blocks,) uint8."""
 
     job_id: int
@@ -79,7 +80,7 @@ class TouchedJob(msgspec.Struct, frozen=True, kw_only=True, tag="touched"):
     priorities: npt.NDArray[np.uint8]
 
 
-class ProbeJob(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
+class ProbeJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="probe"):
     """Ask which slots hold the bytes of these hashes; the result's outcomes say."""
 
     job_id: int
@@ -88,7 +89,7 @@ class ProbeJob(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     hashes: npt.NDArray[np.uint64]
 
 
-class InventoryJob(msgspec.Struct, frozen=True, kw_only=True, tag="inventory"):
+class InventoryJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="inventory"):
     """Ask what a tier holds already, e.g. after a restart; the result brings ids, hashes, parents and priorities."""
 
     job_id: int
@@ -98,7 +99,7 @@ class InventoryJob(msgspec.Struct, frozen=True, kw_only=True, tag="inventory"):
 Job: TypeAlias = "CopyJob | ForgetJob | TouchedJob | ProbeJob | InventoryJob"
 
 
-class JobResult(msgspec.Struct, frozen=True, kw_only=True):
+class JobResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What became of a job on one rank.
 
     Attributes
@@ -134,7 +135,12 @@ def num_blocks_of(job: Job) -> int:
 
 def encode(message: Job | JobResult) -> bytes:
     """Turn a job or a result into bytes."""
-    return bytes([PROTOCOL_VERSION]) + _ENCODER.encode(message)
+    try:
+        return bytes([PROTOCOL_VERSION]) + _ENCODER.encode(message)
+    except UnicodeEncodeError:  # the reason names a file whose name is not UTF-8
+        assert isinstance(message, JobResult), "jobs hold no text"
+        reason = message.reason.encode(errors="backslashreplace").decode()
+        return encode(msgspec.structs.replace(message, reason=reason))
 
 
 def decode_job(data: bytes) -> Job:
@@ -150,6 +156,10 @@ def decode_job(data: bytes) -> Job:
         lengths = {name: len(getattr(job, name)) for name in job.__struct_fields__ if _is_batch(getattr(job, name))}
         if len(set(lengths.values())) > 1:
             raise MessageError(f"a {type(job).__name__} names different numbers of blocks: {lengths}")
+        for ids in (job.source_ids, job.destination_ids) if isinstance(job, CopyJob) else (job.ids,):
+            _refuse_negative(ids)
+    if isinstance(job, CopyJob) and job.timeout_s is not None and math.isnan(job.timeout_s):
+        raise MessageError("timeout_s is not a number, need the seconds that remain")
     return job  # type: ignore[no-any-return]
 
 
@@ -165,6 +175,10 @@ def decode_result(data: bytes) -> JobResult:
     found = {len(batch) for batch in (result.ids, result.hashes, result.parents, result.priorities) if _is_batch(batch)}
     if len(found) > 1:
         raise MessageError(f"an inventory has batches of {sorted(found)} blocks, need one length")
+    if result.ids is not None:
+        _refuse_negative(result.ids)
+    if result.nbytes < 0 or not 0 <= result.seconds < math.inf:
+        raise MessageError(f"nbytes is {result.nbytes} and seconds {result.seconds}, need finite numbers of 0 or more")
     if len(result.outcomes) and result.outcomes.max() > max(Outcome):
         raise MessageError(f"outcome {result.outcomes.max()} is not known, at most {max(Outcome):d} is")
     return result  # type: ignore[no-any-return]
@@ -178,6 +192,11 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
         return decoder.decode(data[1:])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(f"not a message: {error}") from error
+
+
+def _refuse_negative(ids: IdArray) -> None:
+    if len(ids) and ids.min() < 0:
+        raise MessageError(f"block id {ids.min()} is negative")
 
 
 def _is_batch(value: Any) -> bool:

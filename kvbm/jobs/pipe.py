@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 from kvbm.errors import MessageError, PoolClosed
-from kvbm.jobs.channel import Execute, LocalChannel, Receive
+from kvbm.jobs.channel import Execute, LocalChannel, Receive, remaining_s
 from kvbm.jobs.messages import Job, JobResult, decode_job, decode_result, encode
 
 _log = logging.getLogger("kvbm.jobs")
@@ -46,7 +47,9 @@ class PipeChannel:
         self._connection = connection
         self._lock = threading.Lock()  # one message at a time
         self._is_closed = False
+        self._is_lost = False
         self._reader: threading.Thread | None = None
+        self._goodbye: threading.Thread | None = None
 
     def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
         """Start to listen for results, on a thread of its own."""
@@ -55,20 +58,29 @@ class PipeChannel:
 
     def send(self, job: Job) -> None:
         """Send a job; raises `PoolClosed` when the other end is gone."""
-        if self._is_closed:
+        if self._is_closed or self._is_lost:
             raise PoolClosed("the channel to the executor is closed")
         self._send_bytes(encode(job))
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Ask the executor to finish what it has and end; return whether it did in time."""
+        give_up = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._is_closed:
             self._is_closed = True
-            with contextlib.suppress(PoolClosed):  # it is gone already
-                self._send_bytes(_GOODBYE)
-        if self._reader is None or self._reader is threading.current_thread():
-            return True
-        self._reader.join(timeout_s)
-        return not self._reader.is_alive()
+            # On a thread of its own: an executor that reads nothing any more would hold up the caller.
+            self._goodbye = threading.Thread(target=self._say_goodbye, name="kvbm-pipe-goodbye", daemon=True)
+            self._goodbye.start()
+        threads = [thread for thread in (self._goodbye, self._reader) if thread is not None]
+        others = [thread for thread in threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(remaining_s(give_up))
+        return not any(thread.is_alive() for thread in others)
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(PoolClosed):  # it is gone already
+            self._send_bytes(_GOODBYE)
+        if self._reader is None:  # never opened: nobody else closes it
+            self._connection.close()
 
     def _send_bytes(self, data: bytes) -> None:
         try:
@@ -81,15 +93,21 @@ class PipeChannel:
         reason = "its process ended"
         try:
             while True:
-                receive(decode_result(self._connection.recv_bytes()))
+                result = decode_result(self._connection.recv_bytes())
+                try:
+                    receive(result)
+                except Exception:
+                    _log.exception("a result could not be taken job_id=%d", result.job_id)
         except (EOFError, OSError) as error:
             reason = f"{reason} {error}".rstrip()
         except MessageError as error:
             reason = f"it sent nonsense: {error}"
             _log.error("executor lost reason=%s", reason)
         finally:
-            self._connection.close()
+            self._is_lost = True  # before `lost`: what is sent after it is refused
             lost(reason)
+            with self._lock:  # or a send under way could write into whatever gets the same descriptor
+                self._connection.close()
 
 
 def serve(connection: Connection, execute: Execute) -> None:
@@ -100,6 +118,11 @@ def serve(connection: Connection, execute: Execute) -> None:
     connection : Connection
     execute : callable
         As for `LocalChannel`; several routes run at once.
+
+    Raises
+    ------
+    MessageError
+        What came is not a job; those that came before were executed.
     """
     lock = threading.Lock()
 

@@ -33,7 +33,7 @@ class OpenJob:
     sent_at: float
     due_at: float
     is_draining: bool = False  # its time is over
-    nbytes: int = 0
+    is_too_late: bool = False  # it is settled after the pools were closed: let go of what it holds
     seconds: float = 0.0
     reasons: dict[str, None] = field(default_factory=dict)
     results: dict[int, JobResult] = field(default_factory=dict)  # by rank
@@ -42,6 +42,13 @@ class OpenJob:
     def ok(self) -> npt.NDArray[np.bool_]:
         """Blocks that are good on every rank: (num_blocks,) bool."""
         return np.equal(self.outcomes, Outcome.OK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the good blocks, on all ranks."""
+        num_good = int(self.ok.sum())
+        moved = ((result.nbytes, int(np.equal(result.outcomes, Outcome.OK).sum())) for result in self.results.values())
+        return sum(nbytes * num_good // num_blocks for nbytes, num_blocks in moved if num_blocks)
 
     @property
     def reason(self) -> str:
@@ -96,7 +103,6 @@ class Ledger:
             np.maximum(entry.outcomes, result.outcomes, out=entry.outcomes)
         if result.reason:
             entry.reasons[result.reason] = None
-        entry.nbytes += result.nbytes
         entry.seconds = max(entry.seconds, result.seconds)
         entry.results[rank] = result
         return self._answered(entry, rank)

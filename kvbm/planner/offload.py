@@ -183,6 +183,10 @@ class OffloadRoute:
                 self._loads[job_id] = load
                 self._in_flight.update(dict.fromkeys(load.keys))
                 self.counters.in_flight += len(load.keys)
+                _log.debug(
+                    "offload sent job_id=%d source=%s destination=%s num_blocks=%d",
+                    job_id, *(tier.value for tier in self.key), len(load.keys),
+                )  # fmt: skip
                 return CopyJob(
                     job_id=job_id,
                     source=self.source.tier,
@@ -283,6 +287,10 @@ class OffloadRoute:
             del self._in_flight[key]
         self.counters.in_flight -= len(load.keys)
         self.counters.observe(entry.label, entry.seconds)
+        if entry.is_too_late:
+            load.target.release()
+            load.source.release()
+            return ()
         ok = entry.ok
         for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
             self._drop(outcome.name.lower(), int((entry.outcomes == outcome).sum()))
@@ -297,6 +305,10 @@ class OffloadRoute:
             self.destination.touch_blocks(load.before)
             self.counters.blocks += num_arrived
             self.counters.nbytes += entry.nbytes
+            _log.debug(
+                "migrated job_id=%d source=%s destination=%s num_blocks=%d nbytes=%d seconds=%.6f",
+                entry.job.job_id, *(tier.value for tier in self.key), num_arrived, entry.nbytes, entry.seconds,
+            )  # fmt: skip
         corrupt = entry.outcomes == Outcome.CORRUPT
         if corrupt.any():
             bad, load.source = load.source.partition(corrupt)
@@ -343,8 +355,8 @@ class OffloadRoute:
         if num_blocks > 0:
             self.counters.dropped[reason] += num_blocks
             _log.debug(
-                "offload dropped source=%s destination=%s reason=%s num_blocks=%d",
-                *(tier.value for tier in self.key), reason, num_blocks,
+                "offload dropped source=%s destination=%s num_blocks=%d reason=%s",
+                *(tier.value for tier in self.key), num_blocks, reason,
             )  # fmt: skip
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.blocks import MutableBlocks
+from kvbm.blocks import ImmutableBlocks, MutableBlocks
 from kvbm.jobs import CopyJob, Outcome
-from kvbm.planner.counters import PlannerStatistics
+from kvbm.planner.counters import PlannerStatistics, RouteCounters
 from kvbm.planner.hit import HitPart
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
@@ -33,12 +33,18 @@ class _Load:
     """One open job; its sources are held by its owner."""
 
     pool: BlockPool  # that the sources lie in
+    counters: RouteCounters
     ids: IdArray
     hashes: HashArray
     target: MutableBlocks
     owner: Onboarding
     places: Places
     joined: list[tuple[Onboarding, Places, Places]] = field(default_factory=list)  # whose, its places, indices here
+
+    @property
+    def waiting(self) -> list[Onboarding]:
+        """Whose onboardings need this job."""
+        return [self.owner, *(other for other, _, _ in self.joined)]
 
 
 @dataclass
@@ -81,6 +87,7 @@ class Onboarder:
         self._moved = moved
         self._loads: dict[int, _Load] = {}  # by job
         self._loading: dict[bytes, tuple[int, int]] = {}  # hash -> job, index in it
+        self._unlisted: dict[int, _Load] = {}  # not in `_loading` yet: nobody has looked
 
     def begin(self, onboarding: Onboarding, parts: list[HitPart], timeout_s: float) -> list[CopyJob]:
         """Take over a hit's parts and make the jobs that load what is not in the top tier.
@@ -91,13 +98,14 @@ class Onboarder:
             The top tier has no room; nothing was taken, the parts are as they were.
         """
         plans = [self._plan(part, onboarding.hashes) for part in parts if part.pool is not self._top]
-        num_loads = sum(len(plan.indices) for plan in plans)
-        target = self._top.allocate_blocks(num_loads)
+        target = self._top.allocate_blocks(sum([len(plan.indices) for plan in plans]))
         for part in parts:
-            if part.pool is self._top:
+            if part.pool is not self._top:
+                onboarding.sources.append(part)
+            elif len(part.places):
                 onboarding.add(part.places, part.blocks)
             else:
-                onboarding.sources.append(part)
+                part.blocks.release()
         jobs = []
         for plan in plans:
             for job_id, pairs in plan.joins.items():
@@ -107,19 +115,23 @@ class Onboarder:
                 self._statistics.joined += len(places)
             for start in range(0, len(plan.indices), self._limits.job_blocks):
                 indices = plan.indices[start : start + self._limits.job_blocks]
-                mine, target = target.split(len(indices))
+                mine = target
+                if len(indices) < len(target):
+                    mine, target = target.split(len(indices))
                 jobs.append(self._load(plan, indices, mine, onboarding, timeout_s))
         return jobs
 
     def _plan(self, part: HitPart, hashes: HashArray) -> _Plan:
-        names = hashes[part.places]
-        if not self._loading:
+        names = hashes if len(part.places) == len(hashes) else hashes.take(part.places, axis=0)
+        if not self._loads:
             return _Plan(part, names, np.arange(len(names)), {})
-        data = names.tobytes()
+        for job_id, load in self._unlisted.items():
+            self._loading.update((key, (job_id, i)) for i, key in enumerate(_keys(load.hashes)))
+        self._unlisted.clear()
         joins: dict[int, list[tuple[int, int]]] = {}
         indices = []
-        for i, place in enumerate(part.places.tolist()):
-            loading = self._loading.get(data[16 * i : 16 * i + 16])
+        for i, (key, place) in enumerate(zip(_keys(names), part.places.tolist(), strict=True)):
+            loading = self._loading.get(key)
             if loading is None:
                 indices.append(i)
             else:
@@ -130,13 +142,19 @@ class Onboarder:
         self, plan: _Plan, indices: Places, target: MutableBlocks, owner: Onboarding, timeout_s: float
     ) -> CopyJob:
         pool, job_id = plan.part.pool, self._next_id()
-        ids, hashes = plan.part.blocks.block_ids[indices], plan.hashes[indices]
-        self._loads[job_id] = _Load(pool, ids, hashes, target, owner, plan.part.places[indices])
-        data = hashes.tobytes()
-        for i in range(len(hashes)):
-            self._loading[data[16 * i : 16 * i + 16]] = job_id, i
+        ids, hashes, places = plan.part.blocks.block_ids, plan.hashes, plan.part.places
+        if len(indices) < len(ids):
+            ids, hashes, places = ids.take(indices), hashes.take(indices, axis=0), places.take(indices)
+        counters = self._statistics.route(pool.tier, self._top.tier)
+        load = _Load(pool, counters, ids, hashes, target, owner, places)
+        self._loads[job_id] = self._unlisted[job_id] = load
         owner.num_open += 1
-        self._statistics.route(pool.tier, self._top.tier).in_flight += len(ids)
+        counters.in_flight += len(ids)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug(
+                "onboard sent job_id=%d source=%s destination=%s num_blocks=%d",
+                job_id, pool.tier.value, self._top.tier.value, len(ids),
+            )  # fmt: skip
         return CopyJob(
             job_id=job_id,
             source=pool.tier,
@@ -151,53 +169,81 @@ class Onboarder:
     def settle(self, entry: OpenJob) -> Iterable[After]:
         """Register what arrived, hand it to those who wait, discard copies that are bad."""
         load = self._loads.pop(entry.job.job_id)
-        data = load.hashes.tobytes()
-        for i in range(len(load.hashes)):
-            del self._loading[data[16 * i : 16 * i + 16]]
-        self._count(load, entry)
+        if self._unlisted.pop(entry.job.job_id, None) is None:
+            for key in _keys(load.hashes):
+                self._loading.pop(key, None)  # a hit may name a block twice
         ok = entry.ok
+        num_good = int(np.count_nonzero(ok))
+        self._count(load, entry, num_good)
+        if entry.is_too_late:
+            load.target.release()
+            return self._ended(load)
         arrived, hashes, places = load.target, load.hashes, load.places
         _, parents, priorities = load.pool.describe_blocks(load.ids)
-        if not ok.all():
+        if num_good < len(ok):
             arrived, lost = load.target.partition(ok)
             lost.release()
             hashes, places, parents, priorities = hashes[ok], places[ok], parents[ok], priorities[ok]
             self._discard(load, entry)
         stored = self._top.register_blocks(arrived.complete(hashes, parents=parents))
         self._moved((load.pool.tier, self._top.tier), stored.block_ids, hashes, parents)
-        for priority in np.unique(priorities[priorities != DEFAULT_PRIORITY]).tolist():
-            self._top.set_priority(hashes[priorities == priority], priority)
+        is_special = priorities != DEFAULT_PRIORITY
+        if np.count_nonzero(is_special):
+            for priority in np.unique(priorities[is_special]).tolist():
+                self._top.set_priority(hashes[priorities == priority], priority)
+        if load.joined:
+            self._share(load, ok, stored)
+        load.owner.add(places, stored)
+        if len(places) and _log.isEnabledFor(logging.DEBUG):
+            _log.debug(
+                "migrated job_id=%d source=%s destination=%s num_blocks=%d nbytes=%d seconds=%.6f",
+                entry.job.job_id, load.pool.tier.value, self._top.tier.value, len(places), entry.nbytes, entry.seconds,
+            )  # fmt: skip
+        return self._ended(load, is_used=True)
+
+    def _share(self, load: _Load, ok: npt.NDArray[np.bool_], stored: ImmutableBlocks) -> None:
+        """Hand what arrived to those who joined the job."""
         ids = np.full(len(ok), -1, dtype=np.int32)
         ids[ok] = stored.block_ids
         for other, other_places, indices in load.joined:
             good = ok[indices]
             blocks, is_there = self._top.hold_blocks(ids[indices[good]], load.hashes[indices[good]])
             other.add(other_places[good][is_there], blocks)
-        load.owner.add(places, stored)
-        ends = []
-        for onboarding in (load.owner, *(other for other, _, _ in load.joined)):
-            onboarding.num_open -= 1
-            if onboarding.is_settled:
-                ends.append(onboarding.finish())
-                self._release(onboarding)
-        return ends
 
     @property
     def loading(self) -> list[Onboarding]:
-        """Onboardings that wait for open jobs."""
+        """Onboardings that have open jobs."""
         found: dict[int, Onboarding] = {}
         for load in self._loads.values():
-            for onboarding in (load.owner, *(other for other, _, _ in load.joined)):
-                found[id(onboarding)] = onboarding
+            found.update((id(onboarding), onboarding) for onboarding in load.waiting)
         return list(found.values())
 
-    def _release(self, onboarding: Onboarding) -> None:
+    def expired(self, now: float) -> list[Onboarding]:
+        """Onboardings whose time is over and that were not ended yet."""
+        return [onboarding for onboarding in self.loading if onboarding.deadline <= now and not onboarding.is_over]
+
+    def next_deadline(self) -> float | None:
+        """When the time of the next onboarding is over; None without one."""
+        return min((onboarding.deadline for onboarding in self.loading if not onboarding.is_over), default=None)
+
+    def _ended(self, load: _Load, *, is_used: bool = False) -> list[After]:
+        """Note that a job is settled; give what ends the onboardings that wait for no other."""
+        ends = []
+        for onboarding in load.waiting:
+            onboarding.num_open -= 1
+            if onboarding.is_settled:
+                ends.append(onboarding.finish())
+                self._release(onboarding, is_used)
+        return ends
+
+    def _release(self, onboarding: Onboarding, is_used: bool) -> None:
         """Give the sources back; then the whole prefix becomes young, so that it leaves after its leaves."""
         parts, onboarding.sources = onboarding.sources, []
         for part in reversed(parts):
             part.blocks.release()
-        for part in parts:
-            part.pool.touch_blocks(onboarding.hashes)
+        for part in parts if is_used else ():
+            if len(part.places) < len(onboarding.hashes):  # otherwise its release was that of the whole prefix
+                part.pool.touch_blocks(onboarding.hashes)
 
     def _discard(self, load: _Load, entry: OpenJob) -> None:
         """Unpublish sources that are bad: no other request shall wait for them."""
@@ -211,12 +257,17 @@ class Onboarder:
             int((entry.outcomes == Outcome.CORRUPT).sum()), entry.reason,
         )  # fmt: skip
 
-    def _count(self, load: _Load, entry: OpenJob) -> None:
-        counters = self._statistics.route(load.pool.tier, self._top.tier)
+    def _count(self, load: _Load, entry: OpenJob, num_good: int) -> None:
+        counters = load.counters
         counters.in_flight -= len(load.ids)
-        counters.blocks += int(entry.ok.sum())
+        counters.blocks += num_good
         counters.nbytes += entry.nbytes
         counters.observe(entry.label, entry.seconds)
-        for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
-            if num_blocks := int((entry.outcomes == outcome).sum()):
-                counters.dropped[outcome.name.lower()] += num_blocks
+        if num_good < len(load.ids):
+            for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
+                if num_blocks := int((entry.outcomes == outcome).sum()):
+                    counters.dropped[outcome.name.lower()] += num_blocks
+
+
+def _keys(hashes: HashArray) -> list[bytes]:
+    return hashes.view("V16").ravel().tolist()  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvbm.blocks import ImmutableBlocks
 from kvbm.jobs import Transfer, TransferState
-from kvbm.planner.hit import HitPart
+from kvbm.planner.hit import HitPart, first_true
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray
 
@@ -30,30 +30,28 @@ class Onboarding:
     top : BlockPool
     hashes : (num_blocks, 2) uint64
     transfer : Transfer of ImmutableBlocks
+    deadline : float
+        Moment of the planner's clock.
     """
 
-    def __init__(self, top: BlockPool, hashes: HashArray, transfer: Transfer[ImmutableBlocks]) -> None:
+    def __init__(
+        self, top: BlockPool, hashes: HashArray, transfer: Transfer[ImmutableBlocks], *, deadline: float
+    ) -> None:
         self.hashes = hashes
+        self.deadline = deadline
         self.transfer = transfer
         self.num_open = 0  # jobs, own and joined, that are not settled
         self.sources: list[HitPart] = []  # held until all is settled
         self._top = top
         self._pieces: list[tuple[Places, ImmutableBlocks]] = []
-        self._is_there = np.zeros(len(hashes), dtype=np.bool_)
-        self._is_over = False
+        self.is_over = False  # nobody waits any more
 
     def add(self, places: Places, blocks: ImmutableBlocks) -> None:
         """Take over blocks that are in the top tier; let go of them at once when nobody waits any more."""
-        if self._is_over:
+        if self.is_over:
             blocks.release()
             return
         self._pieces.append((places, blocks))
-        self._is_there[places] = True
-
-    @property
-    def num_leading(self) -> int:
-        """Blocks from the first on that are there."""
-        return len(self._is_there) if self._is_there.all() else int(self._is_there.argmin())
 
     @property
     def is_settled(self) -> bool:
@@ -62,11 +60,11 @@ class Onboarding:
 
     def finish(self, error: BaseException | None = None) -> Callable[[], None]:
         """Stop collecting; give what ends the transfer, to be called once the planner's lock is free."""
-        if self._is_over:
+        if self.is_over:
             if self.is_settled:
                 return self.transfer.set_landed
             return _nothing
-        self._is_over = True
+        self.is_over = True
         has_landed = self.is_settled
         if error is not None:
             for _, blocks in self._pieces:
@@ -85,24 +83,26 @@ class Onboarding:
 
     def abandon(self) -> None:
         """Let go of everything: the transfer was cancelled."""
-        if not self._is_over and self.transfer.state is TransferState.CANCELLED:
-            self._is_over = True
+        if not self.is_over and self.transfer.state is TransferState.CANCELLED:
+            self.is_over = True
             for _, blocks in self._pieces:
                 blocks.release()
             self._pieces.clear()
 
     def _assemble(self) -> ImmutableBlocks:
         """Make one guard over the leading blocks, in order; let go of those behind a hole."""
-        num_leading = self.num_leading
         pieces, self._pieces = self._pieces, []
         if not pieces:
             return ImmutableBlocks(self._top, np.empty(0, dtype=np.int32), self.hashes[:0])
         places, whole = pieces[0]
+        if len(places) == len(self.hashes):  # each place once, rising
+            return whole
         for more, blocks in pieces[1:]:
             places, whole = np.concatenate([places, more]), whole + blocks
-        if (places[:-1] > places[1:]).any():
+        if len(pieces) > 1 and (places[:-1] > places[1:]).any():  # those of one piece rise
             order = np.argsort(places)
-            whole = whole.reordered(order)
+            places, whole = places[order], whole.reordered(order)
+        num_leading = first_true(places != np.arange(len(places)))
         if num_leading < len(whole):
             whole, rest = whole.split(num_leading)
             rest.release()

@@ -14,12 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from kvbm.blocks import ImmutableBlocks
-from kvbm.errors import ConfigError, PoolClosed, TransferTimeout
+from kvbm.errors import ConfigError, PluginError, PoolClosed, TransferTimeout
 from kvbm.events import MigrationLog
 from kvbm.jobs import CopyJob, Job, JobChannel, JobResult, Outcome, Transfer
 from kvbm.jobs.messages import num_blocks_of
@@ -73,15 +75,22 @@ class Planner:
         self.limits = limits or Limits()
         self._channels = tuple(channels)
         self._clock = clock
-        self._changed = threading.Condition(threading.Lock())  # the planner's one lock; told of every settled job
+        self._lock: Any = threading.RLock()  # the planner's one; for it tells its owner, nobody ever holds it twice
+        self._changed = threading.Condition(self._lock)  # told of every settled job
         self._ledger = Ledger()
-        self.records = RecordKeeper(recording_tiers, next_id=self._ledger.next_id, submit=self._submit)
+        self.records = RecordKeeper(
+            recording_tiers,
+            next_id=self._ledger.next_id,
+            submit=self._submit,
+            timeout_s=self.limits.offload_timeout_s,
+            clock=clock,
+        )
         self._statistics = PlannerStatistics()
         self._lost: dict[int, str] = {}  # rank -> why
         self._touches: deque[HashArray] = deque(maxlen=self.limits.touch_calls)
         self._logs: tuple[MigrationLog, ...] = ()
         self._wake: Callable[[], None] | None = None
-        self._is_closed = False
+        self._is_closed = self._are_pools_closed = False
         self._lineages = Lineages(self.limits.lineage_blocks)
         pairs = list(itertools.pairwise(pools))
         chosen = policies if policies is not None else [AlwaysPolicy() for _ in pairs]
@@ -117,7 +126,7 @@ class Planner:
         """Hold the longest prefix of a sequence that lies in any tier."""
         names = hash_array(hashes)
         hit = find_hit(self._usable_pools(), names)
-        with self._changed:
+        with self._locked():
             for tier, num_blocks in hit.tiers.items():
                 self._statistics.hits[tier] += num_blocks
             self._statistics.misses += len(names) - len(hit)
@@ -142,10 +151,10 @@ class Planner:
         transfer: Transfer[ImmutableBlocks] = Transfer(
             deadline_s=timeout_s, clock=self._clock, on_deadline=lambda: self._expire(onboarding)
         )
-        onboarding = Onboarding(self.pools[0], hit.hashes, transfer)
+        onboarding = Onboarding(self.pools[0], hit.hashes, transfer, deadline=self._clock() + timeout_s)
         ends: list[After] = []
         try:
-            with self._changed:
+            with self._locked():
                 if self._is_closed:
                     raise PoolClosed("the manager is closed")
                 jobs = self._onboarder.begin(onboarding, parts, timeout_s)
@@ -166,7 +175,7 @@ class Planner:
         """Set how long blocks are kept, in every tier; return how many the top tier has."""
         names = hash_array(hashes)
         found = [pool.set_priority(names, priority) for pool in self.pools]
-        with self._changed:
+        with self._locked():
             for route in self._routes:
                 route.prioritised(names)
         self._poke()
@@ -177,10 +186,11 @@ class Planner:
     def pump(self) -> bool:
         """Do what there is to do now; return whether there was anything."""
         jobs: list[Job] = []
-        with self._changed:
+        with self._locked():
             if self._is_closed:
                 return False
             self._note_overdue()
+            expired = self._onboarder.expired(self._clock())
             touched = self._spread_touches()
             has_news = [route.collect() for route in self._routes]
             for route in self._routes:
@@ -190,14 +200,19 @@ class Planner:
                 if self._lost:
                     route.drop_queue("executor_lost")
         self._send(jobs)
+        for onboarding in expired:
+            onboarding.transfer.done()  # looks at its deadline, for a waiter that only asked to be called back
         for pool in self.pools[1:]:
             self.records.touch(pool, touched)
         return bool(jobs) or any(has_news)
 
     def seconds_to_deadline(self) -> float | None:
-        """How long until an open job's time is over; None without one."""
-        with self._changed:
-            due_at = self._ledger.next_due_at()
+        """How long until the time of an open job or of its waiter is over; None without one."""
+        with self._locked():
+            if self._is_closed:
+                return None
+            moments = [self._ledger.next_due_at(), self._onboarder.next_deadline()]
+        due_at = min((moment for moment in moments if moment is not None), default=None)
         return None if due_at is None else max(0.0, due_at - self._clock())
 
     def flush(self, timeout_s: float | None = None) -> None:
@@ -210,12 +225,12 @@ class Planner:
         """
         give_up = None if timeout_s is None else self._clock() + timeout_s
         for route in self._routes:
-            with self._changed:
+            with self._locked():
                 route.collect(everything=True)
                 seq = route.last_seq
             while True:
                 self.pump()  # each settled job makes room for what still waits
-                with self._changed:
+                with self._locked():
                     if self._is_closed or route.is_done(seq):
                         break
                     remaining_s = None if give_up is None else give_up - self._clock()
@@ -228,8 +243,11 @@ class Planner:
                         self._changed.wait(remaining_s)
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Drop what waits, end every transfer, wait for what moves; return whether it ended in time."""
-        with self._changed:
+        """Drop what waits, end every transfer, wait for what moves, close the pools; return whether it ended in time.
+
+        What is answered later is let go of.
+        """
+        with self._locked():
             if self._is_closed:
                 return not len(self._ledger)
             self._is_closed = True
@@ -237,19 +255,24 @@ class Planner:
                 route.close()
             error = PoolClosed("the manager was closed while blocks were on their way")
             ends = [onboarding.finish(error) for onboarding in self._onboarder.loading]
+            ends.append(partial(self.records.close, error))
             self._changed.notify_all()
         for end in ends:
             end()
         are_ended = [channel.close(timeout_s) for channel in self._channels]  # every one is given its time
         if not all(are_ended):
             _log.warning("close: executors still work num_jobs=%d; what they write into stays held", len(self._ledger))
+        with self._locked():
+            self._are_pools_closed = True
+            for pool in self.pools:
+                pool.close()
         return all(are_ended)
 
     # -- events ------------------------------------------------------------------------------------------------
 
     def add_log(self, log: MigrationLog) -> None:
         """Note in this log what is stored in another tier, from now on until it is closed."""
-        with self._changed:
+        with self._locked():
             self._logs = (*self._logs, log)
 
     def _moved(self, route: tuple[Tier, Tier], ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
@@ -262,7 +285,7 @@ class Planner:
 
     def statistics(self) -> PlannerStatistics:
         """Give the counts of this moment."""
-        with self._changed:
+        with self._locked():
             self._note_overdue()
             return self._statistics.copy()
 
@@ -275,6 +298,11 @@ class Planner:
 
     def _usable_pools(self) -> Sequence[BlockPool]:
         return self.pools[:1] if self._lost else self.pools
+
+    def _locked(self) -> AbstractContextManager[Any]:
+        if self._lock._is_owned():
+            raise PluginError("a policy, or a finaliser inside it, must not call back into the manager")
+        return self._lock  # type: ignore[no-any-return]
 
     def _poke(self) -> None:
         if self._wake is not None:
@@ -293,19 +321,19 @@ class Planner:
                     self._receive(rank, JobResult(job_id=job.job_id, outcomes=outcomes, reason=str(error)))
 
     def _submit(self, jobs: Sequence[tuple[Job, Callable[[OpenJob], Iterable[After]]]]) -> None:
-        with self._changed:
+        with self._locked():
             for job, settle in jobs:
                 self._open(job, settle, self.limits.offload_timeout_s)
         self._send(job for job, _ in jobs)
 
     def _receive(self, rank: int, result: JobResult) -> None:
-        with self._changed:
+        with self._locked():
             entry = self._ledger.answer(rank, result)
             ends = [] if entry is None else self._settle(entry)
         self._finish(ends)
 
     def _lose(self, rank: int, reason: str) -> None:
-        with self._changed:
+        with self._locked():
             if not self._is_closed:
                 _log.error("executor lost rank=%d reason=%s", rank, reason)
                 self._statistics.lost_executors += 1
@@ -320,10 +348,11 @@ class Planner:
                 self._statistics.route(job.source, job.destination).draining -= len(job.hashes)
             if num_corrupt := int((entry.outcomes == Outcome.CORRUPT).sum()):
                 self._statistics.mismatches[job.source.value] += num_corrupt
+        entry.is_too_late = self._are_pools_closed
         return list(entry.settle(entry))
 
     def _finish(self, ends: Iterable[After]) -> None:
-        with self._changed:
+        with self._locked():
             self._changed.notify_all()
         for end in ends:
             end()
@@ -350,13 +379,13 @@ class Planner:
         return touched
 
     def _expire(self, onboarding: Onboarding) -> None:
-        with self._changed:
+        with self._locked():
             end = onboarding.finish()
         end()
 
     def _ended(self, onboarding: Onboarding) -> None:
         if onboarding.transfer.cancelled():
-            with self._changed:
+            with self._locked():
                 onboarding.abandon()
 
 

@@ -6,6 +6,7 @@ every rank; it takes the planner's lock, so nothing here is called under that.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -35,12 +36,37 @@ class RecordKeeper:
     next_id : callable
         Gives job numbers; safe from any thread.
     submit : Submit
+    timeout_s : float
+        Until a question to the executors ends for whoever asked.
+    clock : callable
+        Gives seconds; monotonic.
     """
 
-    def __init__(self, tiers: Iterable[Tier], *, next_id: Callable[[], int], submit: Submit) -> None:
+    def __init__(
+        self,
+        tiers: Iterable[Tier],
+        *,
+        next_id: Callable[[], int],
+        submit: Submit,
+        timeout_s: float,
+        clock: Callable[[], float],
+    ) -> None:
         self.tiers = frozenset(tiers)
         self._next_id = next_id
         self._submit = submit
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._asked: weakref.WeakSet[Transfer[Any]] = weakref.WeakSet()
+
+    def close(self, error: BaseException) -> None:
+        """End every question that is still open with this error."""
+        for transfer in list(self._asked):
+            transfer.set_exception(error)
+
+    def _ask(self) -> Transfer[Any]:
+        transfer: Transfer[Any] = Transfer(deadline_s=self._timeout_s, clock=self._clock)
+        self._asked.add(transfer)
+        return transfer
 
     def reset_blocks(self, pool: BlockPool, hashes: HashArray) -> ResetBlocksResponse:
         """Forget blocks of a pool by hash, and the records that would bring them back."""
@@ -82,7 +108,7 @@ class RecordKeeper:
         names = hash_array(hashes)
         ids = pool.lookup(names)
         is_there = ids >= 0
-        transfer: Transfer[npt.NDArray[np.bool_]] = Transfer()
+        transfer: Transfer[npt.NDArray[np.bool_]] = self._ask()
 
         def settle(entry: OpenJob) -> Iterable[After]:
             held = is_there.copy()
@@ -95,9 +121,11 @@ class RecordKeeper:
 
     def restore(self, pool: BlockPool) -> Transfer[int]:
         """Ask every rank what it found, register what all of them have in the same slots; give how many."""
-        transfer: Transfer[int] = Transfer()
+        transfer: Transfer[int] = self._ask()
 
         def settle(entry: OpenJob) -> Iterable[After]:
+            if entry.is_too_late:
+                return ()
             ids, hashes, parents, priorities = intersect(entry.results)
             pool.restore_blocks(ids, hashes, parents, priorities)
             return [lambda: _end(transfer, len(ids))]

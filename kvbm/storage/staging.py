@@ -67,7 +67,7 @@ class StagingRing:
                 remaining_s = None if deadline is None else deadline - self._clock()
                 if remaining_s is not None and remaining_s <= 0:
                     break
-                self._has_slots.wait(remaining_s)
+                self._has_slots.wait(None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX))
             return np.array([self._free.popleft() for _ in range(min(n, len(self._free)))], dtype=np.int32)
 
     def give(self, slots: IdArray) -> None:

@@ -29,4 +29,6 @@ def test_code_blocks_of_page_run(page: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_quickstart_and_readme_have_code() -> None:
-    assert {"README.md", "quickstart.md", "concepts.md", "views.md"} <= {page.name for page in PAGES}
+    names = {page.name for page in PAGES}
+    assert {"README.md", "quickstart.md", "concepts.md", "views.md", "tiers.md", "configuration.md"} <= names
+    assert {"memory-layout.md", "errors.md", "best-practices.md", "extending.md"} <= names

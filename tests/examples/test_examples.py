@@ -29,4 +29,6 @@ def test_example_runs(example: Path, backend: Backend, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {"quickstart", "custom_eviction_policy", "tiny_transformer"} <= {path.stem for path in EXAMPLES}
+    names = {path.stem for path in EXAMPLES}
+    assert {"quickstart", "custom_eviction_policy", "tiny_transformer"} <= names
+    assert {"three_tiers", "two_managers", "asyncio_requests", "custom_storage"} <= names

@@ -1,0 +1,11 @@
+"""Prometheus metrics of managers (extra ``metrics``).
+
+Reading the table of what there is, `METRICS`, needs no prometheus-client; `KvbmCollector` and `serve_metrics` do, and
+say so.
+"""
+
+from kvbm.metrics.collector import KvbmCollector
+from kvbm.metrics.server import MetricsServer, serve_metrics
+from kvbm.metrics.table import METRICS, Metric, Reading
+
+__all__ = ["METRICS", "KvbmCollector", "Metric", "MetricsServer", "Reading", "serve_metrics"]
