@@ -28,5 +28,5 @@ def content_of(hashes: HashArray, block_nbytes: int) -> npt.NDArray[np.uint8]:
     words = (hashes[:, :1] ^ lanes) * _MIX
     words ^= words >> np.uint64(29)
     words += hashes[:, 1:]
-    data: npt.NDArray[np.uint8] = words.view(np.uint8).reshape(len(hashes), -1)[:, :block_nbytes]
+    data: npt.NDArray[np.uint8] = words.view(np.uint8).reshape(len(hashes), 8 * len(lanes))[:, :block_nbytes]
     return data

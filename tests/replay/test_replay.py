@@ -178,3 +178,7 @@ def test_ids_that_repeat_within_a_request_replay_without_a_wrong_byte(backend: B
             manager.check()
             assert manager.device.available_blocks == capacity
         assert report.wrong_bytes == 0
+
+
+def test_no_blocks_have_no_content() -> None:
+    assert content_of(np.empty((0, 2), dtype=np.uint64), 33).shape == (0, 33)
