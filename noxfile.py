@@ -6,6 +6,7 @@ each wheel once and shares it between its sessions.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 from pathlib import Path
@@ -19,10 +20,11 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
 OTHER_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 NATIVE_MODULES = ("store", "hashing", "copies")
+DEMO = ("--device", "500", "--host", "2000", "--disk", "8000", "--sessions", "100")
 TORCH = "torch==2.13.0"
 TEST_TIMEOUT_S = "120"
 TWINS = [nox.param(True, id="native"), nox.param(False, id="pure")]
-NOT_SLOW = ("-m", "not slow")  # a -m of the caller's comes later on the command line and wins
+NOT_SLOW = ("-m", "not slow and not soak")  # a -m of the caller's comes later on the command line and wins
 IS_NATIVE = os.environ.get("KVBM_NATIVE", "ON").upper() not in {"OFF", "0", "FALSE", "NO"}  # without a compiler: OFF
 
 _wheels: dict[tuple[str, bool], Path] = {}  # (python version, is native) -> wheel built by this run
@@ -105,12 +107,28 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Build, install, and replay built-in conversations through a real block pool with verified bytes."""
-    _install(session)
-    report = ROOT / "build" / "demo.json"
+    """Build, install, replay built-in conversations over three tiers with verified bytes, and write a page about it."""
+    _install(session, "report")
+    folder = ROOT / "build"
+    figures, page = folder / "demo.json", folder / "demo.html"
     session.run("kvbm", "info")
-    session.run("kvbm", "replay", "--json", str(report), *session.posargs)
-    session.log(f"the report is in {report.relative_to(ROOT)}")
+    session.run("kvbm", "replay", *DEMO, "--json", str(figures), "--report", str(page), *session.posargs)
+    session.log(f"the figures are in {figures.relative_to(ROOT)}, the page to look at is {page.relative_to(ROOT)}")
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Run the tests marked soak: nox -s soak -- --minutes 20 --trace FILE, further arguments go to pytest."""
+    parser = argparse.ArgumentParser(prog="nox -s soak --", add_help=False)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--trace", type=Path)
+    settings, arguments = parser.parse_known_args(session.posargs)
+    _install(session, "test")
+    session.env["KVBM_SOAK_MINUTES"] = str(settings.minutes)
+    if settings.trace is not None:
+        session.env["KVBM_SOAK_TRACE"] = str(settings.trace.resolve())
+    session.env["PYTEST_TIMEOUT"] = "0"
+    session.run("pytest", "-m", "soak", "-s", "tests/soak", *arguments, env={"PYTHONSAFEPATH": "1"})
 
 
 @nox.session
@@ -118,7 +136,7 @@ def bench(session: nox.Session) -> None:
     """Measure the parts, write benchmarks/results/*.json and the table in the README."""
     _install(session)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for part in ("store", "hash", "copy"):
+    for part in ("store", "hash", "copy", "tiers"):
         session.run("kvbm", "bench", part, "--json", str(RESULTS / f"{part}.json"), *session.posargs)
     session.run("python", "benchmarks/readme_table.py", "--write")
 

@@ -41,8 +41,8 @@ class CompressedStorage(Storage):
         for row, block_id in zip(data, ids.tolist(), strict=True):
             self._blocks[block_id] = zlib.compress(row.tobytes(), level=1)
 
-    def close(self) -> None:
-        super().close()
+    def close(self, timeout: float | None = None) -> None:
+        super().close(timeout)
         self._blocks.clear()
 
 

@@ -6,13 +6,15 @@ This is the one place, within one process, where bookkeeping meets bytes.
 from __future__ import annotations
 
 import logging
+import threading
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvbm._backend import Backend, default_backend, load_backend
 from kvbm.config import LAYOUTS, Config, TierConfig
-from kvbm.errors import ConfigError
+from kvbm.errors import ConfigError, TransferTimeout
 from kvbm.executor import Executor
 from kvbm.jobs import LocalChannel
 from kvbm.layout import BlockLayout
@@ -40,6 +42,33 @@ class Assembly:
     executor: Executor
     planner: Planner
     thread: PlannerThread | None  # where there is more than one tier
+    _closing: threading.Lock = field(default_factory=threading.Lock)  # held by whoever closes
+
+    def close(self, timeout_s: float) -> None:
+        """End every transfer and let go of memory and files; each part may take this long to end what it does."""
+        if not self._closing.acquire(blocking=False):
+            return  # another thread closes, or this one does and calls back
+        try:
+            is_quiet = self.planner.close(timeout_s)
+            if self.thread is not None:
+                self.thread.stop(timeout_s)
+            if is_quiet:
+                self.executor.close()
+            for storage in self.storages.values():
+                try:
+                    storage.close(timeout_s)
+                except TransferTimeout as error:
+                    _log.warning("close: storage=%s error=%s", type(storage).__name__, error)
+        finally:
+            self._closing.release()
+
+
+def close_dropped(parts: Assembly, name: str) -> None:
+    """Close what a manager left that was dropped without `close`; on a thread, for a finaliser must not wait."""
+    if parts.thread is None:  # memory goes by itself
+        return
+    warnings.warn(f"{name} was dropped without close(): use it in a with statement", ResourceWarning, stacklevel=2)
+    threading.Thread(target=parts.close, args=(0.0,), name="kvbm-close", daemon=True).start()
 
 
 def assemble(
@@ -79,6 +108,7 @@ def assemble(
             elif config.tier(tier).is_present:
                 made[tier] = _make_storage(config, tier, _make_layout(config, tier), backend)
         _need_memory_on_top(made)
+        _need_one_shape(made)
         return _join(config, made, backend=backend, eviction=eviction, offload_policy=offload_policy)
     except BaseException:
         for storage in made.values():
@@ -122,6 +152,9 @@ def _join(
     eviction: Any,
     offload_policy: OffloadPolicy | None,
 ) -> Assembly:
+    top = next(iter(storages.values()))
+    top.keeps_checksums = False  # an engine writes there behind our back
+    top.has_checksum[:] = False
     pools = {}
     layouts = {tier: storage.layout for tier, storage in storages.items()}
     for index, (tier, layout) in enumerate(layouts.items()):
@@ -176,7 +209,10 @@ def _make_layout(config: Config, tier: Tier) -> BlockLayout:
     # A block that begins on a page goes between memory and disk without another copy.
     dimensions["alignment"] = _PAGE_NBYTES if tier is Tier.HOST and model.block_nbytes >= _PAGE_NBYTES else 1
     one = _lay_out(section.layout, num_blocks=1, **dimensions)
-    num_blocks = config.num_blocks_of(tier, one.buffer_nbytes * one.num_buffers)
+    nbytes = one.buffer_nbytes * one.num_buffers
+    if tier is Tier.DISK:  # a slot of the file
+        nbytes = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
+    num_blocks = config.num_blocks_of(tier, nbytes)
     return _lay_out(section.layout, num_blocks=num_blocks, **dimensions)
 
 
@@ -239,6 +275,19 @@ def _limits(config: Config) -> Limits:
         onboard_timeout_s=runtime.onboard_timeout_s,
         offload_timeout_s=runtime.offload_timeout_s,
     )
+
+
+def _need_one_shape(storages: Mapping[Tier, Storage]) -> None:
+    """Refuse storages whose blocks hold other elements than those of the top tier."""
+    (top, first), *others = storages.items()
+    for tier, storage in others:
+        for name in ("num_layers", "outer_dim", "block_size", "inner_dim", "dtype"):
+            value, expected = getattr(storage.layout, name), getattr(first.layout, name)
+            if value != expected:
+                raise ConfigError(
+                    f"the {tier.value} storage has {name} {value}, the {top.value} storage has {expected}: every tier "
+                    "holds the same blocks"
+                )
 
 
 def _need_memory_on_top(storages: dict[Tier, Storage]) -> None:

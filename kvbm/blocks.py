@@ -322,7 +322,7 @@ class WeakBlocks:
     def upgrade_each(self) -> tuple[ImmutableBlocks, npt.NDArray[np.bool_]]:
         """Hold those of the blocks that are still there; give them and, (num_blocks,) bool, which they are."""
         mask = self._pool.acquire(self._ids, self._hashes)
-        if mask.all():
+        if np.count_nonzero(mask) == len(mask):
             return ImmutableBlocks(self._pool, self._ids, self._hashes), mask
         return ImmutableBlocks(self._pool, self._ids[mask], self._hashes[mask]), mask
 

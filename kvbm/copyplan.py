@@ -168,8 +168,8 @@ def _piece_addresses(bound: BoundLayout, axes: Sequence[tuple[str, int]]) -> Add
         if axis == "layer" and bound.layout.has_layer_buffers:
             steps += np.array(bound.addresses, dtype=np.uint64) - np.uint64(bound.addresses[0])
         pieces = np.add.outer(pieces, steps)
-    pieces = pieces.ravel() + np.uint64(bound.addresses[0])
-    return pieces
+    pieces += np.uint64(bound.addresses[0])
+    return pieces.ravel()
 
 
 def _has_one_pitch(pieces: AddressArray) -> bool:

@@ -25,12 +25,11 @@ from kvbm.jobs.messages import num_blocks_of
 from kvbm.storage.base import Storage
 from kvbm.storage.staging import StagingRing
 from kvbm.transfer import TransferEngine
-from kvbm.types import IdArray, Tier
+from kvbm.types import IdArray, Places, Tier
 
 _log = logging.getLogger("kvbm.executor")
 
 Outcomes = npt.NDArray[np.uint8]
-Places = npt.NDArray[np.intp]
 
 
 class Executor:
@@ -164,7 +163,7 @@ class Executor:
         while start < num_blocks or reading:
             if start < num_blocks and len(reading) < 2 and not self._is_over(deadline):
                 wanted = min(chunk, num_blocks - start)
-                slots = staging.take(wanted, self._clock() if reading else deadline)
+                slots = staging.take(wanted, self._clock() if reading else deadline, is_urgent=job.is_urgent)
                 if len(slots):
                     part = slice(start, start + len(slots))
                     start = part.stop
@@ -234,7 +233,7 @@ class Executor:
         reasons = _Reasons("its time was over")
         start = 0
         while start < len(job.hashes) and not self._is_over(deadline):
-            slots = staging.take(len(job.hashes) - start, deadline)
+            slots = staging.take(len(job.hashes) - start, deadline, is_urgent=job.is_urgent)
             if not len(slots):
                 break
             part = slice(start, start + len(slots))
@@ -284,7 +283,7 @@ class Executor:
             return None
         source = self._storage(job.source)
         checksums: npt.NDArray[np.uint64] = source.checksums[job.source_ids]
-        lacking = np.flatnonzero(~source.has_checksum[job.source_ids])
+        lacking = np.flatnonzero(~source.has_checksum[job.source_ids] | (not source.keeps_checksums))
         if len(lacking):
             ids, names = job.source_ids[lacking], job.hashes[lacking]
             checksums[lacking] = self._background.compute_checksums(source, ids, names)
@@ -352,6 +351,10 @@ def _rows_of(source: Storage, destination: Storage) -> npt.NDArray[np.uint8] | N
     layout = source.layout
     if not layout.is_dense or layout.region_order != destination.layout.region_order:
         return None
+    buffers: list[npt.NDArray[np.uint8]] | None = getattr(source, "buffers", None)
+    if not buffers:  # addresses are all it has
+        return None
     stride = layout.strides.block
-    buffer: npt.NDArray[np.uint8] = source.buffers[0]  # type: ignore[attr-defined]  # addressable: it has buffers
-    return buffer[: layout.num_blocks * stride].reshape(layout.num_blocks, stride)
+    # The last block may end with the buffer, without the gap that others have behind them.
+    nbytes = stride if buffers[0].size >= layout.num_blocks * stride else layout.block_nbytes
+    return np.lib.stride_tricks.as_strided(buffers[0], shape=(layout.num_blocks, nbytes), strides=(stride, 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy.typing as npt
 
 from kvbm._backend import Backend
-from kvbm.assembly import assemble, config_of, find_backend
+from kvbm.assembly import assemble, close_dropped, config_of, find_backend
 from kvbm.blocks import Block, CompleteBlocks, ImmutableBlocks, MutableBlocks
 from kvbm.config import Config
 from kvbm.errors import BlockStateError, ConfigError
@@ -148,8 +149,10 @@ class BlockManager:
         )
         self.layout = next(iter(parts.layouts.values()))
         self._pools, self._storages = parts.pools, parts.storages
-        self._executor, self._planner, self._thread = parts.executor, parts.planner, parts.thread
+        self._parts, self._executor, self._planner, self._thread = parts, parts.executor, parts.planner, parts.thread
         self._top = next(iter(parts.pools.values()))
+        self._finalizer = weakref.finalize(self, close_dropped, parts, repr(self))
+        self._finalizer.atexit = False
         if Tier.DISK in self._pools and self.model is None:
             _log.warning("a disk tier without model=... trusts that nobody changes the model: give its fingerprint")
 
@@ -217,7 +220,7 @@ class BlockManager:
         NotEnoughBlocksAvailable
             The top tier has no room; nothing was taken and the hit can be used again.
         BlockStateError
-            The hit is used up.
+            The hit is used up, or of another manager.
         PoolClosed
             The manager is closed.
         """
@@ -300,24 +303,28 @@ class BlockManager:
         ------
         TransferTimeout
             It takes longer than `timeout` seconds; the work goes on.
+        PoolClosed
+            The manager is closed, or was closed meanwhile.
         """
         self._planner.flush(timeout)
         if self._thread is not None:
             self._thread.check()
 
     def reset_pool(self, tier: Tier | str) -> int:
-        """Forget every block of one tier; return how many.
+        """Forget every block of one tier, offloads in flight waited for; return how many.
 
         Raises
         ------
         BlockStateError
             Some block is in use; nothing was forgotten.
+        TransferTimeout
+            Offloads of the tier move for longer than ``runtime.offload_timeout_s``; nothing was forgotten.
         """
-        return self._planner.records.reset_pool(self._pools[self._tier(tier)])
+        return self._planner.reset_pool(self._pools[self._tier(tier)], self.config.runtime.offload_timeout_s)
 
     def reset_blocks(self, tier: Tier | str, hashes: HashArray) -> ResetBlocksResponse:
-        """Forget blocks of one tier by hash; those in use stay."""
-        return self._planner.records.reset_blocks(self._pools[self._tier(tier)], hashes)
+        """Forget blocks of one tier by hash, those on their way down to it too; those in use stay."""
+        return self._planner.reset_blocks(self._pools[self._tier(tier)], hashes)
 
     def reset_all(self) -> int:
         """Forget every block of every tier, from the top down; return how many.
@@ -327,7 +334,7 @@ class BlockManager:
         BlockStateError
             Some block is in use; the tiers above it are reset already.
         """
-        return sum(self._planner.records.reset_pool(pool) for pool in self._pools.values())
+        return sum(self.reset_pool(tier) for tier in self._pools)
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -362,22 +369,16 @@ class BlockManager:
     def close(self, timeout: float | None = None) -> None:
         """End every transfer, refuse further calls, and let go of memory and files. May be called twice.
 
+        Returns at once while another call closes, e.g. one that has just ended a transfer whose callback calls this.
+
         Parameters
         ----------
         timeout : float, optional
             Seconds to wait for bytes that still move; default ``runtime.close_timeout_s`` of the configuration. What
             moves beyond that is left to itself, and logged. Arrays taken from blocks stay valid.
         """
-        timeout = self.config.runtime.close_timeout_s if timeout is None else timeout
-        is_quiet = self._planner.close(timeout)
-        if self._thread is not None:
-            self._thread.stop(timeout)
-        for pool in self._pools.values():
-            pool.close()
-        if is_quiet:
-            self._executor.close()
-        for storage in self._storages.values():
-            storage.close()
+        self._finalizer.detach()
+        self._parts.close(self.config.runtime.close_timeout_s if timeout is None else timeout)
 
     def __enter__(self) -> BlockManager:
         return self

@@ -127,6 +127,8 @@ class TransferEngine:
         """
         if self._is_closed:
             raise PoolClosed("the transfer engine is closed")
+        # A storage may be closed meanwhile; its memory must stay until the bytes have landed.
+        held = [getattr(storage, "buffers", None) for storage in (source, destination)]
         plan = plan_copy(source.bound, destination.bound, source_ids, destination_ids)
         names = None if hashes is None else hash_array(hashes)
         if names is not None and len(names) != plan.num_blocks:
@@ -135,9 +137,6 @@ class TransferEngine:
         # Ids are copied: the caller may reuse its arrays while the copy waits.
         origin = source, np.array(source_ids, dtype=np.int32)
         target = destination, np.array(destination_ids, dtype=np.int32)
-
-        # A storage may be closed while the copy waits; its memory must stay until the bytes have landed.
-        held = [getattr(storage, "buffers", None) for storage in (source, destination)]
 
         def run() -> None:
             if transfer.done():  # cancelled or timed out while it waited: no byte has moved
@@ -150,6 +149,8 @@ class TransferEngine:
                 failure = TransferError(f"the copy of {plan.num_blocks} blocks failed: {error}")
                 failure.__cause__ = error
                 transfer.set_exception(failure)
+                if not isinstance(error, Exception):  # ctrl-C in the caller's thread
+                    raise
             finally:
                 held.clear()
 
@@ -161,11 +162,14 @@ class TransferEngine:
 
     def compute_checksums(self, storage: Storage, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.uint64]:
         """Compute the checksums of blocks where they lie, in the storage's own order: (num_blocks,) uint64."""
+        held = getattr(storage, "buffers", None)  # as in `copy`
         bound = storage.bound
         plan = plan_copy(bound, bound, block_ids, block_ids)
-        return self._backend.checksum_blocks(
+        checksums = self._backend.checksum_blocks(
             plan.source_blocks, plan.source_pieces, plan.piece_nbytes, hash_array(hashes), num_threads=self.num_threads
         )
+        del held
+        return checksums
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what was submitted and stop the workers; may be called again.

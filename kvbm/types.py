@@ -18,6 +18,7 @@ from kvbm.errors import HashFormatError, wrong_hashes, wrong_ids
 
 HashArray: TypeAlias = "npt.NDArray[np.uint64]"
 IdArray: TypeAlias = "npt.NDArray[np.int32]"
+Places: TypeAlias = "npt.NDArray[np.intp]"  # indices into a batch
 
 HASH_NBYTES = 16
 DEFAULT_PRIORITY = 50

@@ -5,7 +5,7 @@ Bars hold for the native twin on one thread; they are goals, so missing one is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,10 +50,18 @@ BARS = {
     "copy_64k": Bar(1.4, "ratio"),
     "copy_1m_checksum": Bar(1.35, "ratio"),
     "copy_64k_checksum": Bar(1.3, "ratio"),
+    "onboard_64": Bar(60),
+    "onboard_1m": Bar(0.95, "ratio"),
+    "register_16": Bar(0.91, "ratio"),
+    "register_paced": Bar(0.91, "ratio"),
+    "hit_64k_host": Bar(0.333, "ratio"),
+    "hit_64k_disk": Bar(0.333, "ratio"),
+    "hit_1m_host": Bar(0.333, "ratio"),
+    "hit_1m_disk": Bar(0.333, "ratio"),
 }
 
 
-def bench_table(title: str, caption: str, rows: Sequence[dict[str, Any]]) -> Table:
+def bench_table(title: str, caption: str, rows: Sequence[dict[str, Any]], *, bars: Mapping[str, Bar] = BARS) -> Table:
     """Give the rows of a bench as a table for a terminal.
 
     Parameters
@@ -62,6 +70,8 @@ def bench_table(title: str, caption: str, rows: Sequence[dict[str, Any]]) -> Tab
         Shown as they are: brackets are no markup.
     rows : sequence of dict
         name, unit, median, spread ([p10, p90]), reference, ratio; the last two may be None.
+    bars : dict of str to Bar
+        By the row's name.
 
     Returns
     -------
@@ -81,13 +91,12 @@ def bench_table(title: str, caption: str, rows: Sequence[dict[str, Any]]) -> Tab
             f"{_number(low)} .. {_number(high)}",
             _number(row["reference"]),
             _number(row["ratio"]),
-            _bar(row),
+            _bar(bars.get(row["name"]), row),
         )
     return table
 
 
-def _bar(row: dict[str, Any]) -> str:
-    bar = BARS.get(row["name"])
+def _bar(bar: Bar | None, row: dict[str, Any]) -> str:
     if bar is None:
         return "-"
     color = "green" if bar.is_met(row) else "red"

@@ -142,6 +142,8 @@ class EventSubscription:
     def __init__(self, hub: EventHub, kinds: frozenset[int] | None) -> None:
         self._hub = hub
         self._kinds = kinds
+        self._is_wanted = np.zeros(256, dtype=np.bool_)  # by kind; many times as fast as numpy.isin
+        self._is_wanted[list(kinds or ())] = True
         self._chunks: deque[Rows] = deque()
         self._num_rows = 0
         self._live = [True]  # popped by the one call that closes: list.pop is atomic
@@ -194,7 +196,7 @@ class EventSubscription:
     def put(self, rows: Rows) -> None:
         """Queue rows; called by the hub under its lock."""
         if self._kinds is not None:
-            rows = rows[np.isin(rows["kind"], list(self._kinds))]
+            rows = rows[self._is_wanted[rows["kind"]]]
         if self._num_rows + len(rows) > self._hub.capacity:
             gap = np.zeros(1, dtype=OUTBOX_DTYPE)
             gap["seq"], gap["id"], gap["kind"] = rows["seq"][-1], -1, OutboxKind.GAP

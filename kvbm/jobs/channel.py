@@ -29,7 +29,8 @@ class JobChannel(Protocol):
     """One rank's executor, as bookkeeping sees it.
 
     Every job sent is answered once through the `receive` given to `open`, in any order and any thread, also before
-    `send` returns; or else `lost` is called, once, and nothing after it.
+    `send` returns; or else `lost` is called, once, and nothing after it. It says that the executor is dead or quiet:
+    no byte of its jobs moves any more. A `send` that raises has not taken the job.
     """
 
     def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
@@ -37,6 +38,9 @@ class JobChannel(Protocol):
 
     def send(self, job: Job) -> None:
         """Hand a job over; never waits for the work."""
+
+    def revoke(self, job_id: int) -> bool:
+        """Answer a job as late at once if it was not begun; return whether that was so, as far as this side knows."""
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more jobs; wait for those sent; return whether they all ended in time."""
@@ -80,7 +84,7 @@ class LocalChannel:
         deadline = None
         if isinstance(job, CopyJob) and job.timeout_s is not None:
             deadline = self._clock() + job.timeout_s
-        is_small = self._is_small is not None and isinstance(job, CopyJob) and job.is_urgent and self._is_small(job)
+        is_small = self._is_small is not None and isinstance(job, CopyJob) and job.is_alone and self._is_small(job)
         caller = threading.get_ident()
         with self._lock:
             if self._is_closed:
@@ -99,6 +103,27 @@ class LocalChannel:
             with self._lock:
                 self._callers.remove(caller)
                 self._lock.notify_all()
+
+    def revoke(self, job_id: int) -> bool:
+        """Answer a job as late at once if no thread has begun it; return whether that was so."""
+        with self._lock:
+            lanes = list(self._lanes.values())
+        revoked = [job for lane in lanes for job in lane.take_back(job_id)]
+        self._answer_late(revoked, "its time was over before it began")
+        return bool(revoked)
+
+    def abandon(self) -> None:
+        """Answer as late what no thread has begun; nobody wants it any more."""
+        with self._lock:
+            self._is_closed = True
+            lanes = list(self._lanes.values())
+        self._answer_late([job for lane in lanes for job in lane.take_back(None)], "it was abandoned")
+
+    def _answer_late(self, jobs: list[Job], reason: str) -> None:
+        assert self._receive is not None, "a channel is opened before it is used"
+        for job in jobs:
+            outcomes = np.full(num_blocks_of(job), Outcome.LATE, dtype=np.uint8)
+            self._receive(JobResult(job_id=job.job_id, outcomes=outcomes, reason=reason))
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Run what was sent and end the threads; return whether they ended in time."""
@@ -120,9 +145,11 @@ class LocalChannel:
             result = self._execute(job, deadline)
         except BaseException as error:  # executors answer; one that raises is a defect, and the waiter must hear of it
             _log.exception("job failed job_id=%d kind=%s", job.job_id, type(job).__name__)
-            outcomes = np.full(num_blocks_of(job), Outcome.FAILED, dtype=np.uint8)
+            is_defect = isinstance(error, Exception)
+            outcome = Outcome.FAILED if is_defect else Outcome.LATE  # after ctrl-C the source may be as good as ever
+            outcomes = np.full(num_blocks_of(job), outcome, dtype=np.uint8)
             self._receive(JobResult(job_id=job.job_id, outcomes=outcomes, reason=repr(error)))
-            if not isinstance(error, Exception):  # ctrl-C in the caller's thread
+            if not is_defect:
                 raise
         else:
             self._receive(result)
@@ -145,6 +172,17 @@ class _Lane:
         with self._lock:
             (self._urgent if isinstance(job, CopyJob) and job.is_urgent else self._others).append((job, deadline))
             self._has_work.notify()
+
+    def take_back(self, job_id: int | None) -> list[Job]:
+        """Take out a job that waits, or all of them."""
+        with self._lock:
+            taken = []
+            for waiting in (self._urgent, self._others):
+                found = [entry for entry in waiting if job_id is None or entry[0].job_id == job_id]
+                for entry in found:
+                    waiting.remove(entry)
+                taken += [job for job, _ in found]
+            return taken
 
     def finish(self) -> None:
         with self._lock:

@@ -58,7 +58,7 @@ class Transfer(Generic[ResultT]):
         self._on_deadline = on_deadline
         self._deadline = None if deadline_s is None else clock() + deadline_s
         self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back
-        self._condition = threading.Condition(self._lock)
+        self._condition: threading.Condition | None = None  # made by the first who waits
         self._state = TransferState.PENDING
         self._result: ResultT | None = None
         self._error: BaseException | None = None
@@ -110,6 +110,8 @@ class Transfer(Generic[ResultT]):
                     return False
                 deadline = None if self._is_expiring else self._deadline
                 limits = [limit - now for limit in (give_up, deadline) if limit is not None]
+                if self._condition is None:
+                    self._condition = threading.Condition(self._lock)
                 self._condition.wait(min(*limits, threading.TIMEOUT_MAX) if limits else None)
         return True
 
@@ -214,6 +216,9 @@ class Transfer(Generic[ResultT]):
                 return
             except Exception:
                 _log.exception("what a transfer does at its deadline failed: %r", on_deadline)
+            except BaseException:  # ctrl-C: the next who looks does it
+                self._is_expiring = False
+                raise
         self._end(TransferState.TIMED_OUT, error=TransferTimeout("the transfer did not end before its deadline"))
 
     def _end(self, state: TransferState, *, result: ResultT | None = None, error: BaseException | None = None) -> bool:
@@ -224,7 +229,8 @@ class Transfer(Generic[ResultT]):
             self._state = state
             self._on_deadline = None  # it may know us: whoever forgets a transfer forgets its blocks at once
             callbacks, self._callbacks = self._callbacks, []
-            self._condition.notify_all()
+            if self._condition is not None:
+                self._condition.notify_all()
         for callback in callbacks:
             self._call(callback)
         return True

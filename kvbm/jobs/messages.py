@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -47,6 +47,8 @@ class CopyJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Seconds that remain when it is sent.
     is_urgent : bool
         Somebody waits for it (onboard); otherwise nobody does (offload).
+    is_alone : bool
+        Nothing else was sent for whoever waits: small enough, it may run in the thread that sends it.
     """
 
     job_id: int
@@ -59,6 +61,7 @@ class CopyJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     priorities: npt.NDArray[np.uint8] | None = None
     timeout_s: float | None = None
     is_urgent: bool = False
+    is_alone: bool = False
 
 
 class ForgetJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="forget"):
@@ -190,7 +193,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
         raise MessageError(f"expected a message of version {PROTOCOL_VERSION}, got {version}: update the older side")
     try:
         return decoder.decode(data[1:])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise MessageError(f"not a message: {error}") from error
 
 
@@ -210,7 +213,8 @@ def _to_wire(value: Any) -> Any:
 
 
 def _from_wire(kind: Any, value: Any) -> Any:
-    dtype = _DTYPES[kind]
+    # Of numpy.ndarray[shape, numpy.dtype[scalar]]; what NDArray[scalar] is besides differs between versions of NumPy.
+    dtype = _DTYPES[get_args(get_args(kind)[1])[0]]
     width = 2 if dtype == np.uint64 else 1
     if not isinstance(value, bytes) or len(value) % (width * dtype.itemsize):
         raise ValueError(f"expected the bytes of a batch of {dtype}")
@@ -219,9 +223,9 @@ def _from_wire(kind: Any, value: Any) -> Any:
 
 
 _DTYPES: dict[Any, np.dtype[Any]] = {
-    npt.NDArray[np.int32]: np.dtype("<i4"),
-    npt.NDArray[np.uint64]: np.dtype("<u8"),
-    npt.NDArray[np.uint8]: np.dtype("u1"),
+    np.int32: np.dtype("<i4"),
+    np.uint64: np.dtype("<u8"),
+    np.uint8: np.dtype("u1"),
 }
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_wire)
 _JOB_DECODER = msgspec.msgpack.Decoder(CopyJob | ForgetJob | TouchedJob | ProbeJob | InventoryJob, dec_hook=_from_wire)

@@ -1,13 +1,15 @@
 """A channel to an executor in another process, over any connection that sends and receives bytes in whole messages.
 
-`PipeChannel` is bookkeeping's end, `serve` the executor's. When the connection ends, the executor counts as dead, and
-its open jobs with it: nothing it was doing can reach memory that it no longer maps.
+`PipeChannel` is bookkeeping's end, `serve` the executor's. `serve` ends the connection when none of its jobs moves a
+byte any more, and a process that dies ends it too: so the end of the connection is the end of the open jobs. One that
+talks nonsense is asked to end, and counts as working until it has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -46,48 +48,57 @@ class PipeChannel:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()  # one message at a time
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: nothing comes any more
         self._is_closed = False
         self._is_lost = False
         self._reader: threading.Thread | None = None
-        self._goodbye: threading.Thread | None = None
+        self._writer: threading.Thread | None = None
 
     def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
-        """Start to listen for results, on a thread of its own."""
+        """Start to talk and to listen, each on a thread of its own."""
         self._reader = threading.Thread(target=self._listen, args=(receive, lost), name="kvbm-pipe", daemon=True)
+        self._writer = threading.Thread(target=self._talk, name="kvbm-pipe-send", daemon=True)
         self._reader.start()
+        self._writer.start()
 
     def send(self, job: Job) -> None:
-        """Send a job; raises `PoolClosed` when the other end is gone."""
+        """Queue a job, so that an executor that reads nothing holds nobody up; raises `PoolClosed` when it is gone."""
         if self._is_closed or self._is_lost:
             raise PoolClosed("the channel to the executor is closed")
-        self._send_bytes(encode(job))
+        self._outgoing.put(encode(job))
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Ask the executor to finish what it has and end; return whether it did in time."""
         give_up = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._is_closed:
             self._is_closed = True
-            # On a thread of its own: an executor that reads nothing any more would hold up the caller.
-            self._goodbye = threading.Thread(target=self._say_goodbye, name="kvbm-pipe-goodbye", daemon=True)
-            self._goodbye.start()
-        threads = [thread for thread in (self._goodbye, self._reader) if thread is not None]
+            self._outgoing.put(_GOODBYE)
+            self._outgoing.put(None)
+            if self._writer is None:  # never opened
+                self._talk()
+                self._connection.close()
+        threads = [thread for thread in (self._writer, self._reader) if thread is not None]
         others = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(remaining_s(give_up))
         return not any(thread.is_alive() for thread in others)
 
-    def _say_goodbye(self) -> None:
-        with contextlib.suppress(PoolClosed):  # it is gone already
-            self._send_bytes(_GOODBYE)
-        if self._reader is None:  # never opened: nobody else closes it
-            self._connection.close()
-
-    def _send_bytes(self, data: bytes) -> None:
-        try:
-            with self._lock:
+    def _talk(self) -> None:
+        while (data := self._outgoing.get()) is not None:
+            with contextlib.suppress(OSError, ValueError), self._lock:  # it is gone: whoever listens says so
                 self._connection.send_bytes(data)
-        except (OSError, ValueError) as error:
-            raise PoolClosed(f"the executor's process is gone: {error}") from error
+
+    def _wait_for_the_end(self) -> None:
+        """Ask an executor that talks nonsense to end; until it has, its jobs may still move bytes."""
+        self._is_lost = True
+        self._outgoing.put(_GOODBYE)
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self._connection.recv_bytes()
+
+    def revoke(self, job_id: int) -> bool:
+        """Nothing: whether the executor has begun a job is not known here; it looks at the job's time itself."""
+        return False
 
     def _listen(self, receive: Receive, lost: Callable[[str], None]) -> None:
         reason = "its process ended"
@@ -102,9 +113,11 @@ class PipeChannel:
             reason = f"{reason} {error}".rstrip()
         except MessageError as error:
             reason = f"it sent nonsense: {error}"
-            _log.error("executor lost reason=%s", reason)
+            _log.error("executor is not understood, waiting for its end reason=%s", reason)
+            self._wait_for_the_end()
         finally:
             self._is_lost = True  # before `lost`: what is sent after it is refused
+            self._outgoing.put(None)
             lost(reason)
             with self._lock:  # or a send under way could write into whatever gets the same descriptor
                 self._connection.close()
@@ -137,6 +150,7 @@ def serve(connection: Connection, execute: Execute) -> None:
             channel.send(decode_job(data))
     except (EOFError, OSError):
         _log.info("bookkeeping is gone, the executor ends")
+        channel.abandon()  # what was not begun could write into memory that has another owner by then
     finally:
         channel.close()
         connection.close()

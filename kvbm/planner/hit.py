@@ -12,9 +12,7 @@ import numpy.typing as npt
 from kvbm.blocks import ImmutableBlocks
 from kvbm.errors import BlockStateError
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray, IdArray
-
-Places = npt.NDArray[np.intp]
+from kvbm.types import HashArray, IdArray, Places
 
 
 @dataclass
@@ -35,7 +33,7 @@ class Hit:
     ----------
     num_blocks : int
     hashes : (num_blocks, 2) uint64, host
-        Sequence hashes of the blocks found.
+        Sequence hashes of the blocks found, read-only.
     """
 
     __slots__ = ("_parts", "hashes", "num_blocks")
@@ -44,6 +42,7 @@ class Hit:
         self._parts: list[HitPart] | None = parts
         self.num_blocks = len(hashes)
         self.hashes = hashes
+        hashes.flags.writeable = False  # the planner goes by it
 
     @property
     def tiers(self) -> dict[str, int]:

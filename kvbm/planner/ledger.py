@@ -18,6 +18,7 @@ from kvbm.jobs import Job, JobResult, Outcome
 from kvbm.jobs.messages import num_blocks_of
 
 _log = logging.getLogger("kvbm.planner")
+_OK = int(Outcome.OK)  # comparing an array with a plain number is three times as fast
 
 After = Callable[[], None]  # to be called once the planner's lock is free
 
@@ -41,7 +42,12 @@ class OpenJob:
     @property
     def ok(self) -> npt.NDArray[np.bool_]:
         """Blocks that are good on every rank: (num_blocks,) bool."""
-        return np.equal(self.outcomes, Outcome.OK)
+        return np.equal(self.outcomes, _OK)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block is good on every rank."""
+        return not np.count_nonzero(self.outcomes)
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +64,8 @@ class OpenJob:
     @property
     def label(self) -> str:
         """The worst outcome among the blocks, in lower case."""
-        return Outcome(int(self.outcomes.max(initial=0))).name.lower()
+        worst = Outcome.OK if self.is_whole else Outcome(int(self.outcomes.max()))
+        return worst.name.lower()
 
 
 class Ledger:
@@ -99,7 +106,7 @@ class Ledger:
         if len(result.outcomes) != len(entry.outcomes):
             entry.reasons[f"rank {rank} answered for {len(result.outcomes)} of {len(entry.outcomes)} blocks"] = None
             entry.outcomes[:] = np.maximum(entry.outcomes, Outcome.FAILED)
-        else:
+        elif np.count_nonzero(result.outcomes):
             np.maximum(entry.outcomes, result.outcomes, out=entry.outcomes)
         if result.reason:
             entry.reasons[result.reason] = None

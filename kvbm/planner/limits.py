@@ -17,6 +17,9 @@ class Limits:
         Offloads of one route that may wait; more are dropped and counted.
     job_blocks : int
         Blocks of one job.
+    route_jobs : int
+        Jobs of one route that move or wait for the executor at once: enough to keep it busy, so that a job's time is
+        its own.
     in_flight_share : float
         Part of a pool that offloads of one route may hold.
     onboard_timeout_s, offload_timeout_s : float
@@ -29,6 +32,7 @@ class Limits:
 
     queue_blocks: int = 8192
     job_blocks: int = 64
+    route_jobs: int = 4
     in_flight_share: float = 0.25
     onboard_timeout_s: float = 30.0
     offload_timeout_s: float = 30.0
@@ -36,7 +40,7 @@ class Limits:
     touch_calls: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("queue_blocks", "job_blocks", "lineage_blocks", "touch_calls"):
+        for name in ("queue_blocks", "job_blocks", "route_jobs", "lineage_blocks", "touch_calls"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, give 1 or more")
         for name in ("onboard_timeout_s", "offload_timeout_s"):

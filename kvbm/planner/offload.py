@@ -7,9 +7,8 @@ moves is held on both sides until it is settled. Nothing here ever waits. The pl
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +20,17 @@ from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
 from kvbm.planner.policies import Candidates, OffloadPolicy
+from kvbm.planner.queue import Batch, OffloadQueue, keys_of
 from kvbm.pool import BlockPool
 from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, OutboxKind, Tier
 
 _log = logging.getLogger("kvbm.planner")
 
+_ROWS_AT_ONCE = 1024  # so that the lock is never held for long
+
+_GAP = int(OutboxKind.GAP)
 Mask = npt.NDArray[np.bool_]
 Moved = Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None]
-
-
-@dataclass
-class _Batch:
-    """Blocks that wait, in order of registration."""
-
-    ids: IdArray
-    hashes: HashArray
-    parents: HashArray
-    seq: int  # of the first block's outbox row
 
 
 @dataclass
@@ -49,9 +42,10 @@ class _Load:
     hashes: HashArray
     parents: HashArray
     priorities: npt.NDArray[np.uint8]
-    before: HashArray  # the chain above the first block
+    before: HashArray  # the blocks above those, as far as they are known
     keys: list[bytes]
     seq: int
+    unwanted: set[bytes] = field(default_factory=set)  # forgotten below meanwhile
 
 
 class OffloadRoute:
@@ -93,8 +87,9 @@ class OffloadRoute:
         self._next_id = next_id
         self._moved = moved
         self._events = source.subscribe_events(["created"])
+        self.pauses = 0  # who keeps it from emitting
         self._last_seq: int | None = None  # of the rows read so far
-        self._queue: deque[_Batch] = deque()
+        self._queue = OffloadQueue()
         self._in_flight: dict[bytes, None] = {}
         self._loads: dict[int, _Load] = {}  # by job
         self._max_in_flight = max(1, int(limits.in_flight_share * min(source.total_blocks, destination.total_blocks)))
@@ -118,16 +113,19 @@ class OffloadRoute:
         room = self._limits.queue_blocks - self.counters.queued
         if room <= 0 and not everything:
             return False
-        rows = self._events.poll_rows(None if everything else room)
+        rows = self._events.poll_rows(None if everything else min(room, _ROWS_AT_ONCE))
         if not len(rows):
             return False
-        is_gap = rows["kind"] == OutboxKind.GAP
-        if is_gap.any():  # it carries the number of the last row lost; how many of those were registrations is lost too
+        is_gap = rows["kind"] == _GAP
+        if np.count_nonzero(is_gap):
+            # A gap carries the number of the last row lost; how many of those were registrations is lost too.
             self._drop("lost_events", max(1, int(rows["seq"][is_gap][-1]) - max(0, self.last_seq)))
-        self._last_seq = int(rows["seq"][-1])
-        rows = rows[~is_gap]
+            self._last_seq = int(rows["seq"][-1])
+            rows = rows[~is_gap]
+        else:
+            self._last_seq = int(rows["seq"][-1])
         if len(rows):
-            batch = _Batch(
+            batch = Batch(
                 np.ascontiguousarray(rows["id"]),
                 np.ascontiguousarray(rows["hash"]),
                 np.ascontiguousarray(rows["parent"]),
@@ -150,9 +148,9 @@ class OffloadRoute:
         if len(places):
             _, parents, _ = self.source.describe_blocks(ids[places])
             seq = -1 if self._last_seq is None else self._last_seq
-            self._choose(_Batch(ids[places], hashes[places], parents, seq), choose)
+            self._choose(Batch(ids[places], hashes[places], parents, seq), choose)
 
-    def _choose(self, batch: _Batch, choose: Callable[[Candidates], Mask]) -> None:
+    def _choose(self, batch: Batch, choose: Callable[[Candidates], Mask]) -> None:
         _, _, priorities = self.source.describe_blocks(batch.ids)
         candidates = Candidates(*self.key, batch.hashes, batch.parents, priorities)
         try:
@@ -163,20 +161,24 @@ class OffloadRoute:
             _log.exception("offload policy failed policy=%s num_blocks=%d", type(self._policy).__name__, len(batch.ids))
             self._drop("policy_failed", len(batch.ids))
             return
-        places = np.flatnonzero(mask)
+        if choose != self._policy.registered:  # of a block that was there before: it may be below long since
+            mask = mask & (self.destination.lookup(batch.hashes) < 0)
+        (places,) = mask.nonzero()
         room = max(0, self._limits.queue_blocks - self.counters.queued)
         self._drop("queue_full", len(places) - room)
         places = places[:room]
-        if len(places):
-            self._queue.append(_Batch(batch.ids[places], batch.hashes[places], batch.parents[places], batch.seq))
-            self.counters.queued += len(places)
+        if not len(places):
+            return
+        self._queue.push(batch if len(places) == len(batch) else batch.take(places))
+        self.counters.queued = self._queue.num_blocks
 
     # -- what goes out -----------------------------------------------------------------------------------------
 
     def emit(self) -> CopyJob | None:
-        """Make the next job and hold its blocks; None when nothing waits or too much moves."""
-        while self._queue and self.counters.in_flight < self._max_in_flight:
-            batch = self._take(min(self._limits.job_blocks, self._max_in_flight - self.counters.in_flight))
+        """Make the next job and hold its blocks; None when nothing waits, too much moves, or it is paused."""
+        while self._may_emit():
+            batch = self._queue.take(min(self._limits.job_blocks, self._max_in_flight - self.counters.in_flight))
+            self.counters.queued = self._queue.num_blocks
             load = self._hold(batch)
             if load is not None:
                 job_id = self._next_id()
@@ -200,42 +202,23 @@ class OffloadRoute:
                 )
         return None
 
-    def _take(self, n: int) -> _Batch:
-        """Take up to n blocks off the queue, of several requests where one has fewer."""
-        parts: list[_Batch] = []
-        while self._queue and n > 0:
-            head = self._queue.popleft()
-            if len(head.ids) > n:
-                self._queue.appendleft(_Batch(head.ids[n:], head.hashes[n:], head.parents[n:], head.seq))
-                head = _Batch(head.ids[:n], head.hashes[:n], head.parents[:n], head.seq)
-            parts.append(head)
-            n -= len(head.ids)
-        batch = parts[0]
-        if len(parts) > 1:
-            batch = _Batch(
-                np.concatenate([part.ids for part in parts]),
-                np.concatenate([part.hashes for part in parts]),
-                np.concatenate([part.parents for part in parts]),
-                batch.seq,
-            )
-        self.counters.queued -= len(batch.ids)
-        return batch
+    def _may_emit(self) -> bool:
+        has_room = self.counters.in_flight < self._max_in_flight and len(self._loads) < self._limits.route_jobs
+        return self._queue.num_blocks > 0 and has_room and not self.pauses
 
-    def _hold(self, batch: _Batch) -> _Load | None:
+    def _hold(self, batch: Batch) -> _Load | None:
         """Hold what still has to be moved and is still there, on both sides."""
-        keys = _keys(batch.hashes)
-        is_present = self.destination.lookup(batch.hashes) >= 0
-        seen: set[bytes] = set()
-        wanted = []
-        for i, key in enumerate(keys):
-            if not (is_present[i] or key in self._in_flight or key in seen):
-                wanted.append(i)
-                seen.add(key)
-        self.counters.present += len(keys) - len(wanted)
+        (absent,) = (self.destination.lookup(batch.hashes) < 0).nonzero()
+        wanted: dict[bytes, int] = {}  # hash -> place, each hash once
+        for key, i in zip(keys_of(batch.hashes.take(absent, axis=0)), absent.tolist(), strict=True):
+            if key not in self._in_flight:
+                wanted.setdefault(key, i)
+        self.counters.present += len(batch.ids) - len(wanted)
         if not wanted:
             return None
-        places = np.array(wanted, dtype=np.intp)
-        ids, hashes, parents = batch.ids[places], batch.hashes[places], batch.parents[places]
+        places = np.array(list(wanted.values()), dtype=np.intp)
+        ids, hashes = batch.ids.take(places), batch.hashes.take(places, axis=0)
+        parents = batch.parents.take(places, axis=0)
         source, is_there = self.source.hold_blocks(ids, hashes)
         if not is_there.all():
             source, is_there = self._without_orphans(source, hashes, parents, is_there)
@@ -250,16 +233,16 @@ class OffloadRoute:
             rest.release()
         hashes, parents, priorities = self.source.describe_blocks(source.block_ids)
         before = self._lineages.extend(parents, hashes)
-        return _Load(source, target, hashes, parents, priorities, before, _keys(hashes), batch.seq)
+        return _Load(source, target, hashes, parents, priorities, before, keys_of(hashes), batch.seq)
 
     def _without_orphans(
         self, source: ImmutableBlocks, hashes: HashArray, parents: HashArray, is_there: Mask
     ) -> tuple[ImmutableBlocks, Mask]:
         """Let go of the descendants of blocks that are gone: without those they could not be found."""
-        gone = {key for key, there in zip(_keys(hashes), is_there, strict=True) if not there}
+        gone = {key for key, there in zip(keys_of(hashes), is_there, strict=True) if not there}
         self._drop("evicted", len(gone))
         is_kept = is_there.copy()
-        for i, (key, parent) in enumerate(zip(_keys(hashes), _keys(parents), strict=True)):
+        for i, (key, parent) in enumerate(zip(keys_of(hashes), keys_of(parents), strict=True)):
             if is_there[i] and parent in gone:
                 gone.add(key)
                 is_kept[i] = False
@@ -273,9 +256,13 @@ class OffloadRoute:
     def _find_room(self, n: int) -> MutableBlocks | None:
         if n == 0:
             return None
-        target = self.destination.try_allocate_blocks(n)
-        if target is None and (available := min(n, self.destination.available_blocks)):
-            target = self.destination.try_allocate_blocks(available)
+        try:
+            target = self.destination.try_allocate_blocks(n)
+            if target is None and (available := min(n, self.destination.available_blocks)):
+                target = self.destination.try_allocate_blocks(available)
+        except Exception as error:  # of a plugged eviction policy, as a rule
+            _log.error("no room below, the allocation failed destination=%s error=%r", self.key[1].value, error)
+            return None
         return target
 
     # -- what came of it ---------------------------------------------------------------------------------------
@@ -292,15 +279,22 @@ class OffloadRoute:
             load.source.release()
             return ()
         ok = entry.ok
-        for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
-            self._drop(outcome.name.lower(), int((entry.outcomes == outcome).sum()))
-        arrived, lost = load.target.partition(ok)
-        lost.release()
+        if load.unwanted:
+            wanted = [key not in load.unwanted for key in load.keys]
+            self._drop("reset", int((ok & ~np.array(wanted)).sum()))
+            ok &= wanted
+        arrived, hashes, parents, priorities = load.target, load.hashes, load.parents, load.priorities
+        if not ok.all():
+            for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
+                self._drop(outcome.name.lower(), int((entry.outcomes == outcome).sum()))
+            arrived, lost = load.target.partition(ok)
+            lost.release()
+            hashes, parents, priorities = hashes[ok], parents[ok], priorities[ok]
         num_arrived = len(arrived)
         if num_arrived:
-            stored = self.destination.register_blocks(arrived.complete(load.hashes[ok], parents=load.parents[ok]))
-            self._moved(self.key, stored.block_ids, load.hashes[ok], load.parents[ok])
-            self._carry_priorities(load.hashes[ok], load.priorities[ok])
+            stored = self.destination.register_blocks(arrived.complete(hashes, parents=parents))
+            self._moved(self.key, stored.block_ids, hashes, parents)
+            self._carry_priorities(hashes, priorities)
             stored.release()
             self.destination.touch_blocks(load.before)
             self.counters.blocks += num_arrived
@@ -310,13 +304,13 @@ class OffloadRoute:
                 entry.job.job_id, *(tier.value for tier in self.key), num_arrived, entry.nbytes, entry.seconds,
             )  # fmt: skip
         corrupt = entry.outcomes == Outcome.CORRUPT
-        if corrupt.any():
+        if not entry.is_whole and corrupt.any():
             bad, load.source = load.source.partition(corrupt)
             self.source.discard_blocks(bad)
             bad.release()
         load.source.release()
         self.source.touch_blocks(load.before)
-        if not ok.all():
+        if not entry.is_whole:
             _log.warning(
                 "offload incomplete source=%s destination=%s num_blocks=%d num_moved=%d reason=%s",
                 *(tier.value for tier in self.key), len(ok), num_arrived, entry.reason,
@@ -324,7 +318,10 @@ class OffloadRoute:
         return ()
 
     def _carry_priorities(self, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
-        for priority in np.unique(priorities[priorities != DEFAULT_PRIORITY]).tolist():
+        is_special = priorities != DEFAULT_PRIORITY
+        if not np.count_nonzero(is_special):
+            return
+        for priority in np.unique(priorities[is_special]).tolist():
             self.destination.set_priority(hashes[priorities == priority], priority)
 
     # -- looking -----------------------------------------------------------------------------------------------
@@ -336,14 +333,22 @@ class OffloadRoute:
 
     def is_done(self, seq: int) -> bool:
         """Whether nothing that was registered up to this outbox row waits or moves."""
-        if self._queue and self._queue[0].seq <= seq:
+        first_seq = self._queue.first_seq
+        if first_seq is not None and first_seq <= seq:
             return False
         return all(load.seq > seq for load in self._loads.values())
 
+    def forget(self, hashes: HashArray) -> None:
+        """Let none of these blocks arrive below: neither what waits nor what moves."""
+        gone = set(keys_of(hashes))
+        for load in self._loads.values():
+            load.unwanted.update(gone.intersection(load.keys))
+        self._drop("reset", self._queue.forget(gone))
+        self.counters.queued = self._queue.num_blocks
+
     def drop_queue(self, reason: str) -> None:
         """Drop what waits; what moves is settled when it is answered."""
-        self._drop(reason, self.counters.queued)
-        self._queue.clear()
+        self._drop(reason, self._queue.clear())
         self.counters.queued = 0
 
     def close(self) -> None:
@@ -358,8 +363,3 @@ class OffloadRoute:
                 "offload dropped source=%s destination=%s num_blocks=%d reason=%s",
                 *(tier.value for tier in self.key), num_blocks, reason,
             )  # fmt: skip
-
-
-def _keys(hashes: HashArray) -> list[bytes]:
-    data = hashes.tobytes()
-    return [data[i : i + 16] for i in range(0, len(data), 16)]

@@ -21,11 +21,9 @@ from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.onboarding import Onboarding
 from kvbm.pool import BlockPool
-from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, Tier
+from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, Places, Tier
 
 _log = logging.getLogger("kvbm.planner")
-
-Places = npt.NDArray[np.intp]
 
 
 @dataclass
@@ -36,6 +34,8 @@ class _Load:
     counters: RouteCounters
     ids: IdArray
     hashes: HashArray
+    parents: HashArray
+    priorities: npt.NDArray[np.uint8]
     target: MutableBlocks
     owner: Onboarding
     places: Places
@@ -69,6 +69,8 @@ class Onboarder:
         Gives job numbers.
     moved : callable
         Told of blocks that were stored in the top tier: route, slots there, hashes, parents.
+    clock : callable
+        Gives seconds; monotonic.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class Onboarder:
         statistics: PlannerStatistics,
         next_id: Callable[[], int],
         moved: Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None],
+        clock: Callable[[], float],
     ) -> None:
         self._top = top
         self._limits = limits
         self._statistics = statistics
         self._next_id = next_id
         self._moved = moved
+        self._clock = clock
         self._loads: dict[int, _Load] = {}  # by job
         self._loading: dict[bytes, tuple[int, int]] = {}  # hash -> job, index in it
         self._unlisted: dict[int, _Load] = {}  # not in `_loading` yet: nobody has looked
@@ -97,8 +101,9 @@ class Onboarder:
         NotEnoughBlocksAvailable
             The top tier has no room; nothing was taken, the parts are as they were.
         """
-        plans = [self._plan(part, onboarding.hashes) for part in parts if part.pool is not self._top]
+        plans = [self._plan(part, onboarding) for part in parts if part.pool is not self._top]
         target = self._top.allocate_blocks(sum([len(plan.indices) for plan in plans]))
+        onboarding.is_begun = True
         for part in parts:
             if part.pool is not self._top:
                 onboarding.sources.append(part)
@@ -107,21 +112,24 @@ class Onboarder:
             else:
                 part.blocks.release()
         jobs = []
+        size = self._limits.job_blocks
+        is_alone = sum([-(-len(plan.indices) // size) for plan in plans]) == 1
         for plan in plans:
             for job_id, pairs in plan.joins.items():
                 places, indices = (np.array(side, dtype=np.intp) for side in zip(*pairs, strict=True))
                 self._loads[job_id].joined.append((onboarding, places, indices))
                 onboarding.num_open += 1
                 self._statistics.joined += len(places)
-            for start in range(0, len(plan.indices), self._limits.job_blocks):
-                indices = plan.indices[start : start + self._limits.job_blocks]
+            for start in range(0, len(plan.indices), size):
+                indices = plan.indices[start : start + size]
                 mine = target
                 if len(indices) < len(target):
                     mine, target = target.split(len(indices))
-                jobs.append(self._load(plan, indices, mine, onboarding, timeout_s))
+                jobs.append(self._load(plan, indices, mine, onboarding, timeout_s=timeout_s, is_alone=is_alone))
         return jobs
 
-    def _plan(self, part: HitPart, hashes: HashArray) -> _Plan:
+    def _plan(self, part: HitPart, onboarding: Onboarding) -> _Plan:
+        hashes = onboarding.hashes
         names = hashes if len(part.places) == len(hashes) else hashes.take(part.places, axis=0)
         if not self._loads:
             return _Plan(part, names, np.arange(len(names)), {})
@@ -132,21 +140,34 @@ class Onboarder:
         indices = []
         for i, (key, place) in enumerate(zip(_keys(names), part.places.tolist(), strict=True)):
             loading = self._loading.get(key)
-            if loading is None:
+            if loading is None or not self._is_in_time(loading[0], onboarding):
                 indices.append(i)
             else:
                 joins.setdefault(loading[0], []).append((place, loading[1]))
         return _Plan(part, names, np.array(indices, dtype=np.intp), joins)
 
+    def _is_in_time(self, job_id: int, onboarding: Onboarding) -> bool:
+        """Whether a job has time enough for who wants to join it: an impatient request's would end too early."""
+        now = self._clock()
+        return 2 * (self._loads[job_id].owner.deadline - now) >= onboarding.deadline - now
+
     def _load(
-        self, plan: _Plan, indices: Places, target: MutableBlocks, owner: Onboarding, timeout_s: float
+        self,
+        plan: _Plan,
+        indices: Places,
+        target: MutableBlocks,
+        owner: Onboarding,
+        *,
+        timeout_s: float,
+        is_alone: bool,
     ) -> CopyJob:
         pool, job_id = plan.part.pool, self._next_id()
         ids, hashes, places = plan.part.blocks.block_ids, plan.hashes, plan.part.places
         if len(indices) < len(ids):
             ids, hashes, places = ids.take(indices), hashes.take(indices, axis=0), places.take(indices)
         counters = self._statistics.route(pool.tier, self._top.tier)
-        load = _Load(pool, counters, ids, hashes, target, owner, places)
+        _, parents, priorities = pool.describe_blocks(ids)  # now: another request may discard them meanwhile
+        load = _Load(pool, counters, ids, hashes, parents, priorities, target, owner, places)
         self._loads[job_id] = self._unlisted[job_id] = load
         owner.num_open += 1
         counters.in_flight += len(ids)
@@ -164,6 +185,7 @@ class Onboarder:
             hashes=hashes,
             timeout_s=timeout_s,
             is_urgent=True,
+            is_alone=is_alone,
         )
 
     def settle(self, entry: OpenJob) -> Iterable[After]:
@@ -178,8 +200,15 @@ class Onboarder:
         if entry.is_too_late:
             load.target.release()
             return self._ended(load)
+        try:
+            self._store(load, entry, ok, num_good)
+        except Exception:  # of a plugged policy, as a rule; guards that nobody holds any more give their blocks back
+            _log.exception("onboard could not be stored job_id=%d", entry.job.job_id)
+        return self._ended(load, is_used=True)
+
+    def _store(self, load: _Load, entry: OpenJob, ok: npt.NDArray[np.bool_], num_good: int) -> None:
         arrived, hashes, places = load.target, load.hashes, load.places
-        _, parents, priorities = load.pool.describe_blocks(load.ids)
+        parents, priorities = load.parents, load.priorities
         if num_good < len(ok):
             arrived, lost = load.target.partition(ok)
             lost.release()
@@ -199,7 +228,6 @@ class Onboarder:
                 "migrated job_id=%d source=%s destination=%s num_blocks=%d nbytes=%d seconds=%.6f",
                 entry.job.job_id, load.pool.tier.value, self._top.tier.value, len(places), entry.nbytes, entry.seconds,
             )  # fmt: skip
-        return self._ended(load, is_used=True)
 
     def _share(self, load: _Load, ok: npt.NDArray[np.bool_], stored: ImmutableBlocks) -> None:
         """Hand what arrived to those who joined the job."""

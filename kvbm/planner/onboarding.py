@@ -11,15 +11,12 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from kvbm.blocks import ImmutableBlocks
 from kvbm.jobs import Transfer, TransferState
 from kvbm.planner.hit import HitPart, first_true
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray
-
-Places = npt.NDArray[np.intp]
+from kvbm.types import HashArray, Places
 
 
 class Onboarding:
@@ -44,6 +41,7 @@ class Onboarding:
         self.sources: list[HitPart] = []  # held until all is settled
         self._top = top
         self._pieces: list[tuple[Places, ImmutableBlocks]] = []
+        self.is_begun = False  # it has taken over the parts of its hit
         self.is_over = False  # nobody waits any more
 
     def add(self, places: Places, blocks: ImmutableBlocks) -> None:

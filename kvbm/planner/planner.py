@@ -1,7 +1,8 @@
 """Planner: the half that decides. It sees pools, hashes and slots, and speaks to the bytes only in jobs.
 
 It takes registered blocks out of the pools' outboxes and offloads them, finds hits over all tiers, and onboards them.
-One lock guards its books; it is taken before any pool's, and never held while a job is sent or a callback runs.
+One lock guards its books (the dispatcher's); it is taken before any pool's, and never held while a job is sent or a
+callback runs.
 Nothing here waits for bytes except `flush` and `close`. `pump` does what there is to do; a thread calls it when
 something was registered, or a test does.
 """
@@ -14,20 +15,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from kvbm.blocks import ImmutableBlocks
-from kvbm.errors import ConfigError, PluginError, PoolClosed, TransferTimeout
+from kvbm.errors import BlockStateError, ConfigError, PoolClosed
 from kvbm.events import MigrationLog
-from kvbm.jobs import CopyJob, Job, JobChannel, JobResult, Outcome, Transfer
-from kvbm.jobs.messages import num_blocks_of
+from kvbm.jobs import CopyJob, Job, JobChannel, Outcome, Transfer
 from kvbm.planner.counters import PlannerStatistics
+from kvbm.planner.dispatch import Dispatcher, Settle, Unsent
+from kvbm.planner.flush import Flusher
 from kvbm.planner.hit import Hit, find_hit, find_sources
-from kvbm.planner.ledger import After, Ledger, OpenJob
+from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
 from kvbm.planner.offload import OffloadRoute
@@ -35,10 +33,12 @@ from kvbm.planner.onboard import Onboarder
 from kvbm.planner.onboarding import Onboarding
 from kvbm.planner.policies import AlwaysPolicy, OffloadPolicy
 from kvbm.planner.records import RecordKeeper
+from kvbm.planner.touches import Touches
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray, IdArray, Tier, hash_array
+from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
+_PAUSE_S = 2e-5  # after each offload job, so that a request that waits for the interpreter gets it
 
 
 class Planner:
@@ -73,11 +73,12 @@ class Planner:
             raise ConfigError(f"a planner over {len(pools)} tiers needs a channel to each rank's executor, got none")
         self.pools = tuple(pools)
         self.limits = limits or Limits()
-        self._channels = tuple(channels)
         self._clock = clock
-        self._lock: Any = threading.RLock()  # the planner's one; for it tells its owner, nobody ever holds it twice
-        self._changed = threading.Condition(self._lock)  # told of every settled job
-        self._ledger = Ledger()
+        self._dispatcher = Dispatcher(
+            channels, clock=clock, settling=self._settling, losing=self._losing, settled=self._poke_if_queued
+        )
+        self._locked, self._changed = self._dispatcher.locked, self._dispatcher.changed
+        self._ledger = self._dispatcher.ledger
         self.records = RecordKeeper(
             recording_tiers,
             next_id=self._ledger.next_id,
@@ -86,8 +87,8 @@ class Planner:
             clock=clock,
         )
         self._statistics = PlannerStatistics()
+        self._counting = threading.Lock()  # guards hits and misses, so that a look-up never waits for a pump
         self._lost: dict[int, str] = {}  # rank -> why
-        self._touches: deque[HashArray] = deque(maxlen=self.limits.touch_calls)
         self._logs: tuple[MigrationLog, ...] = ()
         self._wake: Callable[[], None] | None = None
         self._is_closed = self._are_pools_closed = False
@@ -107,12 +108,23 @@ class Planner:
             )
             for (source, destination), policy in zip(pairs, chosen, strict=True)
         ]
-        self._used = [route for route, policy in zip(self._routes, chosen, strict=True) if _reads_uses(policy)]
-        self._onboarder = Onboarder(
-            pools[0], limits=self.limits, statistics=self._statistics, next_id=self._ledger.next_id, moved=self._moved
+        self._touches = Touches(
+            pools[1:],
+            [route for route, policy in zip(self._routes, chosen, strict=True) if _reads_uses(policy)],
+            lineages=self._lineages,
+            dispatcher=self._dispatcher,
+            max_calls=self.limits.touch_calls,
         )
-        for rank, channel in enumerate(self._channels):
-            channel.open(partial(self._receive, rank), partial(self._lose, rank))
+        self._onboarder = Onboarder(
+            pools[0],
+            limits=self.limits,
+            statistics=self._statistics,
+            next_id=self._ledger.next_id,
+            moved=self._moved,
+            clock=clock,
+        )
+        self._flusher = Flusher(self._dispatcher, self._routes, pump=self.pump, need_open=self._need_open, clock=clock)
+        self._dispatcher.start()
 
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Call this when there is something to pump, from whichever thread learns of it."""
@@ -126,14 +138,12 @@ class Planner:
         """Hold the longest prefix of a sequence that lies in any tier."""
         names = hash_array(hashes)
         hit = find_hit(self._usable_pools(), names)
-        with self._locked():
+        with self._counting:
             for tier, num_blocks in hit.tiers.items():
                 self._statistics.hits[tier] += num_blocks
             self._statistics.misses += len(names) - len(hit)
-        if self._routes and len(hit):
-            self._touches.append(hit.hashes)  # spread with the next registration, or now where a policy counts uses
-            if self._used:
-                self._poke()
+        if self._routes and len(hit) and self._touches.note(hit.hashes):
+            self._poke()
         return hit
 
     def lookup(self, hashes: HashArray) -> int:
@@ -145,6 +155,9 @@ class Planner:
     def onboard(self, hit: Hit, timeout_s: float | None = None) -> Transfer[ImmutableBlocks]:
         """Bring the blocks of a hit into the top tier; see `BlockManager.onboard`."""
         parts = hit.take()
+        if parts[0].pool is not self.pools[0]:
+            hit.give_back(parts)
+            raise BlockStateError("this hit is of another manager, which alone can onboard it")
         if len(parts) == 1:
             return Transfer.completed(parts[0].blocks)
         timeout_s = self.limits.onboard_timeout_s if timeout_s is None else timeout_s
@@ -152,23 +165,23 @@ class Planner:
             deadline_s=timeout_s, clock=self._clock, on_deadline=lambda: self._expire(onboarding)
         )
         onboarding = Onboarding(self.pools[0], hit.hashes, transfer, deadline=self._clock() + timeout_s)
-        ends: list[After] = []
+        unsent: Unsent = deque()
         try:
             with self._locked():
-                if self._is_closed:
-                    raise PoolClosed("the manager is closed")
-                jobs = self._onboarder.begin(onboarding, parts, timeout_s)
-                for job in jobs:
-                    self._open(job, self._onboarder.settle, timeout_s)
-                if onboarding.is_settled:  # everything lay in the top tier
-                    ends.append(onboarding.finish())
+                self._need_open()
+                for job in self._onboarder.begin(onboarding, parts, timeout_s):
+                    self._dispatcher.open(job, self._onboarder.settle, timeout_s, unsent)
+            if onboarding.is_settled:  # everything lay in the top tier
+                self._expire(onboarding)
+            transfer.add_done_callback(lambda _: self._ended(onboarding))
         except BaseException:
-            hit.give_back(parts)
+            if not onboarding.is_begun:
+                hit.give_back(parts)
+            self._dispatcher.give_up(unsent)
             raise
-        for end in ends:
-            end()
-        transfer.add_done_callback(lambda _: self._ended(onboarding))
-        self._send(jobs)
+        self._dispatcher.send(unsent)
+        if not transfer.done():
+            self._poke()  # its deadline may be the next one
         return transfer
 
     def prioritise(self, hashes: HashArray, priority: int) -> int:
@@ -184,27 +197,55 @@ class Planner:
     # -- moving ------------------------------------------------------------------------------------------------
 
     def pump(self) -> bool:
-        """Do what there is to do now; return whether there was anything."""
-        jobs: list[Job] = []
-        with self._locked():
-            if self._is_closed:
-                return False
-            self._note_overdue()
-            expired = self._onboarder.expired(self._clock())
-            touched = self._spread_touches()
-            has_news = [route.collect() for route in self._routes]
+        """Do what there is to do now; return whether there was anything.
+
+        The lock is held for one job, or a thousand registrations, at a time.
+        """
+        try:
+            with self._locked():
+                if self._is_closed:
+                    return False
+                overdue = self._note_overdue()
+                expired = self._onboarder.expired(self._clock())
+            self._dispatcher.revoke(overdue)
+            for onboarding in expired:
+                onboarding.transfer.done()  # looks at its deadline, for a waiter that only asked to be called back
+            touched = self._touches.spread()
+            num_jobs = sum(self._emit(route) for route in self._routes)
+            has_news = False
             for route in self._routes:
-                while not self._lost and (job := route.emit()) is not None:
-                    self._open(job, route.settle, self.limits.offload_timeout_s)
-                    jobs.append(job)
-                if self._lost:
-                    route.drop_queue("executor_lost")
-        self._send(jobs)
-        for onboarding in expired:
-            onboarding.transfer.done()  # looks at its deadline, for a waiter that only asked to be called back
-        for pool in self.pools[1:]:
-            self.records.touch(pool, touched)
-        return bool(jobs) or any(has_news)
+                with self._locked():
+                    has_news |= route.collect()
+                num_jobs += self._emit(route)
+            for pool in self.pools[1:]:
+                self.records.touch(pool, touched)
+        except PoolClosed:
+            if not self._is_closed:
+                raise
+            return False
+        return has_news or num_jobs > 0
+
+    def _emit(self, route: OffloadRoute) -> int:
+        """Send what a route may send now; give the number of jobs."""
+        num_jobs = 0
+        while True:
+            unsent: Unsent = deque()
+            try:
+                with self._locked():
+                    if self._is_closed:
+                        return num_jobs
+                    if self._lost:
+                        route.drop_queue("executor_lost")
+                    job = route.emit()
+                    if job is None:
+                        return num_jobs
+                    self._dispatcher.open(job, route.settle, self.limits.offload_timeout_s, unsent)
+            except BaseException:
+                self._dispatcher.give_up(unsent)
+                raise
+            self._dispatcher.send(unsent)
+            num_jobs += 1
+            time.sleep(_PAUSE_S)
 
     def seconds_to_deadline(self) -> float | None:
         """How long until the time of an open job or of its waiter is over; None without one."""
@@ -216,57 +257,55 @@ class Planner:
         return None if due_at is None else max(0.0, due_at - self._clock())
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Wait until everything that was registered before has gone as far down as it goes, or was dropped.
+        """Wait until everything that was registered before has gone as far down as it goes; see `Flusher.flush`."""
+        self._flusher.flush(timeout_s)
+
+    def reset_pool(self, pool: BlockPool, timeout_s: float | None = None) -> int:
+        """Forget every block of a pool, offloads in flight waited for; return how many.
 
         Raises
         ------
+        BlockStateError
+            Some block is in use; nothing was forgotten.
         TransferTimeout
-            It takes longer; the work goes on.
+            Offloads that touch the pool move for longer than that; nothing was forgotten.
         """
-        give_up = None if timeout_s is None else self._clock() + timeout_s
-        for route in self._routes:
-            with self._locked():
-                route.collect(everything=True)
-                seq = route.last_seq
-            while True:
-                self.pump()  # each settled job makes room for what still waits
-                with self._locked():
-                    if self._is_closed or route.is_done(seq):
-                        break
-                    remaining_s = None if give_up is None else give_up - self._clock()
-                    if remaining_s is not None and remaining_s <= 0:
-                        raise TransferTimeout(
-                            f"offloads from {route.key[0].value} to {route.key[1].value} did not end within "
-                            f"{timeout_s} s; they go on"
-                        )
-                    if len(self._ledger):
-                        self._changed.wait(remaining_s)
+        with self._flusher.calm(pool, timeout_s):
+            return self.records.reset_pool(pool)
+
+    def reset_blocks(self, pool: BlockPool, hashes: HashArray) -> ResetBlocksResponse:
+        """Forget blocks of a pool, and those on their way to it; those in use stay."""
+        names = hash_array(hashes)
+        with self._locked():
+            for route in self._routes:
+                if route.destination is pool:
+                    route.collect(everything=True)
+                    route.forget(names)
+        return self.records.reset_blocks(pool, names)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Drop what waits, end every transfer, wait for what moves, close the pools; return whether it ended in time.
 
-        What is answered later is let go of.
+        What is answered later is let go of. Called again, it waits again.
         """
         with self._locked():
-            if self._is_closed:
-                return not len(self._ledger)
             self._is_closed = True
             for route in self._routes:
                 route.close()
             error = PoolClosed("the manager was closed while blocks were on their way")
-            ends = [onboarding.finish(error) for onboarding in self._onboarder.loading]
+            ends: list[After] = [onboarding.finish(error) for onboarding in self._onboarder.loading]
             ends.append(partial(self.records.close, error))
             self._changed.notify_all()
         for end in ends:
             end()
-        are_ended = [channel.close(timeout_s) for channel in self._channels]  # every one is given its time
-        if not all(are_ended):
+        are_ended = self._dispatcher.close(timeout_s)
+        if not are_ended:
             _log.warning("close: executors still work num_jobs=%d; what they write into stays held", len(self._ledger))
         with self._locked():
             self._are_pools_closed = True
             for pool in self.pools:
                 pool.close()
-        return all(are_ended)
+        return are_ended
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -286,8 +325,11 @@ class Planner:
     def statistics(self) -> PlannerStatistics:
         """Give the counts of this moment."""
         with self._locked():
-            self._note_overdue()
-            return self._statistics.copy()
+            overdue = self._note_overdue()
+            with self._counting:
+                counts = self._statistics.copy()
+        self._dispatcher.revoke(overdue)
+        return counts
 
     @property
     def num_open_jobs(self) -> int:
@@ -299,84 +341,47 @@ class Planner:
     def _usable_pools(self) -> Sequence[BlockPool]:
         return self.pools[:1] if self._lost else self.pools
 
-    def _locked(self) -> AbstractContextManager[Any]:
-        if self._lock._is_owned():
-            raise PluginError("a policy, or a finaliser inside it, must not call back into the manager")
-        return self._lock  # type: ignore[no-any-return]
+    def _need_open(self) -> None:
+        if self._is_closed:
+            raise PoolClosed("the manager is closed")
 
     def _poke(self) -> None:
         if self._wake is not None:
             self._wake()
 
-    def _open(self, job: Job, settle: Callable[[OpenJob], Iterable[After]], timeout_s: float) -> None:
-        self._ledger.open(job, range(len(self._channels)), settle, now=self._clock(), timeout_s=timeout_s)
-
-    def _send(self, jobs: Iterable[Job]) -> None:
-        for job in jobs:
-            for rank, channel in enumerate(self._channels):
-                try:
-                    channel.send(job)
-                except PoolClosed as error:
-                    outcomes = np.full(num_blocks_of(job), Outcome.FAILED, dtype=np.uint8)
-                    self._receive(rank, JobResult(job_id=job.job_id, outcomes=outcomes, reason=str(error)))
-
-    def _submit(self, jobs: Sequence[tuple[Job, Callable[[OpenJob], Iterable[After]]]]) -> None:
-        with self._locked():
-            for job, settle in jobs:
-                self._open(job, settle, self.limits.offload_timeout_s)
-        self._send(job for job, _ in jobs)
-
-    def _receive(self, rank: int, result: JobResult) -> None:
-        with self._locked():
-            entry = self._ledger.answer(rank, result)
-            ends = [] if entry is None else self._settle(entry)
-        self._finish(ends)
-
-    def _lose(self, rank: int, reason: str) -> None:
-        with self._locked():
-            if not self._is_closed:
-                _log.error("executor lost rank=%d reason=%s", rank, reason)
-                self._statistics.lost_executors += 1
-                self._lost[rank] = reason
-            ends = [end for entry in self._ledger.lose(rank, reason) for end in self._settle(entry)]
-        self._finish(ends)
-
-    def _settle(self, entry: OpenJob) -> list[After]:
-        job = entry.job
-        if isinstance(job, CopyJob):
-            if entry.is_draining:
-                self._statistics.route(job.source, job.destination).draining -= len(job.hashes)
-            if num_corrupt := int((entry.outcomes == Outcome.CORRUPT).sum()):
-                self._statistics.mismatches[job.source.value] += num_corrupt
-        entry.is_too_late = self._are_pools_closed
-        return list(entry.settle(entry))
-
-    def _finish(self, ends: Iterable[After]) -> None:
-        with self._locked():
-            self._changed.notify_all()
-        for end in ends:
-            end()
+    def _poke_if_queued(self) -> None:
         if any(route.counters.queued for route in self._routes):
             self._poke()
 
-    def _note_overdue(self) -> None:
-        for entry in self._ledger.overdue(self._clock()):
+    def _submit(self, jobs: Sequence[tuple[Job, Settle]]) -> None:
+        unsent: Unsent = deque()
+        with self._locked():
+            for job, settle in jobs:
+                self._dispatcher.open(job, settle, self.limits.offload_timeout_s, unsent)
+        self._dispatcher.send(unsent)
+
+    def _losing(self, rank: int, reason: str) -> None:
+        if not self._is_closed:
+            _log.error("executor lost rank=%d reason=%s", rank, reason)
+            self._statistics.lost_executors += 1
+            self._lost[rank] = reason
+
+    def _settling(self, entry: OpenJob) -> None:
+        job = entry.job
+        entry.is_too_late = self._are_pools_closed
+        if isinstance(job, CopyJob):
+            if entry.is_draining:
+                self._statistics.route(job.source, job.destination).draining -= len(job.hashes)
+            if not entry.is_whole and (num_corrupt := int((entry.outcomes == Outcome.CORRUPT).sum())):
+                self._statistics.mismatches[job.source.value] += num_corrupt
+
+    def _note_overdue(self) -> list[Job]:
+        overdue = self._ledger.overdue(self._clock())
+        for entry in overdue:
             if isinstance(entry.job, CopyJob):
                 self._statistics.route(entry.job.source, entry.job.destination).draining += len(entry.job.hashes)
             _log.warning("job overdue job_id=%d kind=%s", entry.job.job_id, type(entry.job).__name__)
-
-    def _spread_touches(self) -> list[HashArray]:
-        """Tell lower tiers, and policies that count uses, what requests have found; give it."""
-        touched = []
-        while self._touches:
-            hashes = self._touches.popleft()
-            self._lineages.add(hashes)
-            for pool in self.pools[1:]:
-                pool.touch_blocks(hashes)
-            for route in self._used:
-                route.used(hashes)
-            touched.append(hashes)
-        return touched
+        return [entry.job for entry in overdue]
 
     def _expire(self, onboarding: Onboarding) -> None:
         with self._locked():

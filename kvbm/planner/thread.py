@@ -43,12 +43,13 @@ class PlannerThread:
         self._is_stopping = True
         self._has_news.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+            self._thread.join(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
-            self._has_news.wait(self._planner.seconds_to_deadline())
+            remaining_s = self._planner.seconds_to_deadline()
+            self._has_news.wait(None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX))
             self._has_news.clear()
             if self._is_stopping:
                 return

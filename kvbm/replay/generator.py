@@ -12,6 +12,8 @@ import numpy as np
 
 from kvbm.replay.traces import TraceRequest
 
+_MEAN_GAP_S = 0.1
+
 
 def generate_conversations(
     *, num_sessions: int = 200, num_turns: int = 5, num_prompts: int = 4, seed: int = 0
@@ -30,9 +32,10 @@ def generate_conversations(
     ------
     TraceRequest
         num_sessions * num_turns of them. Each repeats its conversation so far and adds a question of 32 to 511
-        tokens; the answer of 64 to 767 tokens is part of the next one.
+        tokens; the answer of 64 to 767 tokens is part of the next one. They come at random, ten a second.
     """
     rng = np.random.default_rng(seed)
+    gaps, time_s = np.random.default_rng([seed, 1]), 0.0
 
     def draw(low: int, high: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
         return rng.integers(0, 128_000, int(rng.integers(low, high)), dtype=np.uint32)
@@ -42,5 +45,6 @@ def generate_conversations(
     turns = rng.permutation(np.repeat(np.arange(num_sessions), num_turns))
     for session in turns.tolist():
         question = np.concatenate([histories[session], draw(32, 512)])
-        yield TraceRequest(tokens=question)
+        time_s += gaps.exponential(_MEAN_GAP_S)
+        yield TraceRequest(tokens=question, time_s=time_s, session=str(session))
         histories[session] = np.concatenate([question, draw(64, 768)])

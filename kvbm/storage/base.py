@@ -46,7 +46,7 @@ class Storage(ABC):
     ----------
     layout : BlockLayout
     checksums : (num_blocks,) uint64
-        What `transfer` computed when it wrote a slot.
+        What `transfer` computed when it wrote a slot; nobody fills them where `keeps_checksums` is False.
     has_checksum : (num_blocks,) bool
         Where `checksums` holds; writing a slot in any other way clears it.
     """
@@ -207,8 +207,20 @@ class Storage(ABC):
         """Give the address of one layer's K or V of a block."""
         return self.bound.address(block, layer, outer)
 
-    def close(self) -> None:
-        """Let go of the memory; may be called twice. Arrays taken from it stay valid."""
+    def close(self, timeout: float | None = None) -> None:
+        """Let go of memory and files; may be called again. Arrays taken from it stay valid.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait for I/O that is under way; None waits for as long as it takes. Without meaning where no I/O
+            outlives its call.
+
+        Raises
+        ------
+        TransferTimeout
+            I/O is still under way; nothing new is taken, and closing again waits for it again.
+        """
         self._is_closed = True
 
     def __enter__(self: StorageT) -> StorageT:

@@ -93,8 +93,10 @@ class HostStorage(Storage):
         ids = self._begin(block_ids)
         data = np.empty((len(ids), self._block_nbytes), dtype=np.uint8)
         if len(ids):
+            memory = self.buffers  # stays while bytes move, also where another thread closes
             plan, own, dense = self._addresses(ids, data)
             self._copy_blocks(own, dense, plan.source_pieces, plan.destination_pieces, plan.piece_nbytes)
+            del memory
         return data
 
     def write(self, block_ids: IdArray, data: npt.NDArray[np.uint8]) -> None:
@@ -103,12 +105,14 @@ class HostStorage(Storage):
         data = self._checked_data(ids, data)
         self.has_checksum[ids] = False
         if len(ids):
+            memory = self.buffers  # as in `read`
             plan, own, dense = self._addresses(ids, data)
             self._copy_blocks(dense, own, plan.destination_pieces, plan.source_pieces, plan.piece_nbytes)
+            del memory
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Let go of the memory; arrays taken from it keep it alive."""
-        super().close()
+        super().close(timeout)
         self._bound = None
         self._block_plan = None
         self.buffers = []

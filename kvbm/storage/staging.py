@@ -60,15 +60,20 @@ class StagingRing:
         self._free: deque[int] = deque(range(num_slots))
         self._has_slots = threading.Condition()
 
-    def take(self, n: int, deadline: float | None = None) -> IdArray:
-        """Take up to n slots, at least one; none, when no slot became free before the deadline."""
+    def take(self, n: int, deadline: float | None = None, *, is_urgent: bool = True) -> IdArray:
+        """Take up to n slots, at least one; none, when no slot became free before the deadline.
+
+        Who is not urgent leaves half of the ring to others.
+        """
+        num_left = 0 if is_urgent else self.num_slots // 2
         with self._has_slots:
-            while not self._free:
+            while len(self._free) <= num_left:
                 remaining_s = None if deadline is None else deadline - self._clock()
                 if remaining_s is not None and remaining_s <= 0:
                     break
                 self._has_slots.wait(None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX))
-            return np.array([self._free.popleft() for _ in range(min(n, len(self._free)))], dtype=np.int32)
+            num_taken = max(0, min(n, len(self._free) - num_left))
+            return np.array([self._free.popleft() for _ in range(num_taken)], dtype=np.int32)
 
     def give(self, slots: IdArray) -> None:
         """Give slots back; no byte of theirs moves any more."""

@@ -176,12 +176,12 @@ class FaultyStorage(Storage):
         """Give what the wrapped storage found at opening."""
         return self.storage.inventory()
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Release what is held, abandon what never answers, and close the wrapped storage."""
-        super().close()
+        super().close(timeout)
         self.release()
         self.abandon()
-        self.storage.close()
+        self.storage.close(timeout)
 
     # -- private -----------------------------------------------------------------------------------------------
 

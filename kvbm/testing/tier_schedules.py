@@ -14,7 +14,7 @@ import numpy as np
 
 from kvbm._backend import Backend
 from kvbm.blocks import ImmutableBlocks
-from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable, PoolClosed, TransferCancelled
+from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable, PoolClosed, TransferCancelled, TransferTimeout
 from kvbm.executor import Executor
 from kvbm.jobs import CopyJob, Outcome, Transfer
 from kvbm.layout import BlockLayout
@@ -29,8 +29,8 @@ from kvbm.types import HashArray, SequenceHash, Tier
 NUM_BLOCKS = {Tier.DEVICE: 6, Tier.HOST: 9, Tier.DISK: 12}
 TIMEOUT_S = 30.0
 OPERATIONS = (
-    "nothing", "request", "request", "request", "request", "finish", "finish", "release", "release", "serve", "serve", "twins",
-    "pump", "step", "step", "step", "settle", "settle", "evict", "evict",
+    "nothing", "request", "request", "request", "request", "finish", "finish", "release", "release", "serve", "serve",
+    "twins", "pump", "step", "step", "step", "settle", "settle", "evict", "evict",
     "fail", "garble", "late", "pass_time", "cancel", "flip", "flip", "reset_blocks", "reset_pool", "prioritise",
     "peek", "abandon", "lose",
 )  # fmt: skip
@@ -306,13 +306,15 @@ class TierSchedules:
     def do_reset_blocks(self, number: int) -> None:
         """Forget blocks of one tier by hash."""
         pool = self.pools[number % len(self.pools)]
-        self.planner.records.reset_blocks(pool, chain_of(number // 3 % 8, 5))
+        self.planner.reset_blocks(pool, chain_of(number // 3 % 8, 5))
 
     def do_reset_pool(self, number: int) -> None:
         """Forget a whole tier, unless it is in use."""
         pool = self.pools[number % len(self.pools)]
         try:
-            self.planner.records.reset_pool(pool)
+            self.planner.reset_pool(pool, timeout_s=0)
+        except TransferTimeout:
+            assert self.planner.num_open_jobs
         except BlockStateError:
             assert pool.status().active + pool.status().mutable > 0
 

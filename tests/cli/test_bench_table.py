@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvbm.bench import copy
+from kvbm._backend import load_backend
+from kvbm.bench import copy, tiers
 from kvbm.bench.report import BARS, Bar, bench_table
+from kvbm.bench.rig import make_row
 
 
 def row(name: str, median: float, ratio: float | None = 2.0, unit: str = "ns/block") -> dict[str, Any]:
@@ -56,3 +58,19 @@ def test_bench_table_fits_a_terminal_of_eighty_columns() -> None:
 def test_copy_rows_are_those_that_have_bars() -> None:
     names = {measured["name"] for measured in copy.run(nbytes=1 << 20, rounds=1)}
     assert names == {name for name in BARS if name.startswith("copy")}
+
+
+def test_tiers_rows_are_those_that_have_bars_and_what_explains_them() -> None:
+    extent = tiers.Extent(nbytes=64 << 20, bulk_nbytes=4 << 20, num_calls=30, rounds=1, round_s=0.01, num_hits=3)
+    names = {measured["name"]: measured for measured in tiers.run(extent, backend=load_backend("pure"))}
+    barred = {name for name in BARS if name.startswith(("onboard", "register", "hit"))}
+    assert set(names) == barred | {"pump_64"}
+    assert all(measured["median"] > 0 and measured["ratio"] > 0 for measured in names.values())
+
+
+def test_a_ratio_above_one_is_better_than_the_reference() -> None:
+    assert make_row("x", "us", [2.0], 4.0)["ratio"] == 2.0
+    assert make_row("x", "GB/s", [2.0], 4.0, is_more_better=True)["ratio"] == 0.5
+    assert make_row("x", "us", [1.0, 2.0, 3.0], None, median=9.0, more=1) == {
+        "name": "x", "unit": "us", "median": 9.0, "spread": [1.2, 2.8], "reference": None, "ratio": None, "more": 1
+    }  # fmt: skip

@@ -194,7 +194,7 @@ def test_bench_writes_machine_and_rows(tmp_path: Path) -> None:
     assert answer["machine"]["cores"] >= 1
     for row in answer["rows"]:
         assert set(row) == {"name", "unit", "median", "spread", "reference", "ratio"}
-    assert "there is no bench 'x', use store, hash, copy" in run("bench", "x", status=2).stderr
+    assert "there is no bench 'x', use store, hash, copy, tiers" in run("bench", "x", status=2).stderr
 
 
 def test_version_and_help() -> None:

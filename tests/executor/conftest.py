@@ -85,6 +85,7 @@ class Site:
     def job(self, route: str, source_ids: Any, destination_ids: Any, names: Any = None, **fields: Any) -> CopyJob:
         """Make a job for e.g. "host-disk"; blocks are named after their first slot unless told otherwise."""
         source, destination = route.split("-")
+        fields.setdefault("is_urgent", route.startswith("disk"))  # others leave half of the ring
         return CopyJob(
             job_id=7,
             source=Tier(source),

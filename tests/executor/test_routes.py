@@ -129,6 +129,19 @@ def test_flipped_bit_in_host_memory_is_found_by_whoever_reads_it_up(make_site: M
     assert result.reason == "checksum mismatch"
 
 
+def test_flipped_bit_is_found_wherever_it_lies(make_site: MakeSite) -> None:
+    site = make_site({"device": "by layer", "host": "contiguous"})
+    site.fill("device")
+    site.run("device-host", [0, 1, 2], [4, 5, 6])
+    memory = site["host"].buffers[0].reshape(12, 288)
+    for at in range(288):
+        memory[5, at] ^= 1 << at % 8
+        result = site.run("host-device", [4, 5, 6], [7, 8, 9], [0, 1, 2])
+        assert result.outcomes.tolist() == [Outcome.OK, Outcome.CORRUPT, Outcome.OK]
+        memory[5, at] ^= 1 << at % 8
+    assert (site.run("host-device", [4, 5, 6], [7, 8, 9], [0, 1, 2]).outcomes == Outcome.OK).all()
+
+
 def test_block_of_another_name_is_found_on_the_way_up(three: Any) -> None:
     three.fill("device")
     three.run("device-disk", [0, 1], [0, 1])

@@ -77,9 +77,9 @@ def test_urgent_jobs_go_before_those_that_wait(copy_job: MakeJob, box: Any, gate
 
 def test_small_urgent_jobs_run_in_the_callers_thread_before_send_returns(copy_job: MakeJob, box: Any) -> None:
     channel = opened(all_ok, box, is_small=lambda job: len(job.hashes) <= 2)
-    channel.send(copy_job(0, is_urgent=True))
+    channel.send(copy_job(0, is_urgent=True, is_alone=True))
     assert (box.ids, box.threads) == ([0], [threading.current_thread().name])
-    channel.send(copy_job(1, is_urgent=True, num_blocks=3))
+    channel.send(copy_job(1, is_urgent=True, is_alone=True, num_blocks=3))
     channel.send(copy_job(2))
     box.wait_for(lambda box: len(box.ids) == 3)
     assert set(box.threads[1:]) == {"kvbm-device-host"}, "large ones and those that nobody waits for do not"
@@ -106,8 +106,8 @@ def test_executor_that_raises_is_answered_as_failed_and_logged(
         return all_ok(job, deadline)
 
     channel = opened(execute, box, is_small=lambda job: is_small)
-    channel.send(copy_job(0, num_blocks=3, is_urgent=True))
-    channel.send(copy_job(1, is_urgent=True))
+    channel.send(copy_job(0, num_blocks=3, is_urgent=True, is_alone=True))
+    channel.send(copy_job(1, is_urgent=True, is_alone=True))
     assert channel.close(PATIENCE_S)
     first, second = box.results
     assert first.outcomes.tolist() == [Outcome.FAILED] * 3
@@ -124,8 +124,10 @@ def test_interrupt_in_the_callers_thread_is_answered_and_goes_on(copy_job: MakeJ
 
     channel = opened(execute, box, is_small=lambda job: True)
     with pytest.raises(KeyboardInterrupt):
-        channel.send(copy_job(0, is_urgent=True))
-    assert [result.outcomes.tolist() for result in box.results] == [[Outcome.FAILED] * 2]
+        channel.send(copy_job(0, is_urgent=True, is_alone=True))
+    assert [result.outcomes.tolist() for result in box.results] == [[Outcome.LATE] * 2], (
+        "its sources are as good as ever"
+    )
     assert channel.close(0)
 
 
@@ -141,7 +143,7 @@ def test_executor_that_wants_its_thread_to_exit_does_not_end_the_lane(
     channel.send(copy_job(0))
     channel.send(copy_job(1))
     assert channel.close(PATIENCE_S)
-    assert [result.outcomes.tolist() for result in box.results] == [[Outcome.FAILED] * 2, [Outcome.OK] * 2]
+    assert [result.outcomes.tolist() for result in box.results] == [[Outcome.LATE] * 2, [Outcome.OK] * 2]
     assert "job failed job_id=0" in caplog.text
 
 
@@ -184,14 +186,14 @@ def test_send_after_close_is_refused_and_runs_nothing(copy_job: MakeJob, box: An
     channel = opened(gated, box, is_small=lambda job: is_small)
     assert channel.close()
     with pytest.raises(PoolClosed, match="the channel to the executor is closed"):
-        channel.send(copy_job(0, is_urgent=True))
+        channel.send(copy_job(0, is_urgent=True, is_alone=True))
     assert gated.started == []
     assert kvbm_threads() == []
 
 
 def test_close_waits_for_small_jobs_in_other_threads(copy_job: MakeJob, box: Any, gated: Any) -> None:
     channel = opened(gated, box, is_small=lambda job: True)
-    caller = threading.Thread(target=channel.send, args=(copy_job(0, is_urgent=True),))
+    caller = threading.Thread(target=channel.send, args=(copy_job(0, is_urgent=True, is_alone=True),))
     caller.start()
     gated.wait_until_started(0)
     assert not channel.close(0.0), "bytes still move"
@@ -212,7 +214,7 @@ def test_callback_may_close_the_channel(copy_job: MakeJob, is_small: bool) -> No
         has_ended.set()
 
     channel.open(receive, lambda reason: None)
-    channel.send(copy_job(0, is_urgent=True))
+    channel.send(copy_job(0, is_urgent=True, is_alone=True))
     assert has_ended.wait(PATIENCE_S)
     assert closed == [True]
     assert channel.close(PATIENCE_S)
@@ -280,3 +282,47 @@ def test_job_that_was_put_away_while_closing_began_is_still_answered(
     closer.join(PATIENCE_S)
     assert answers == [True]
     assert box.ids == [0, 1]
+
+
+def test_a_job_that_waits_is_revoked_and_one_that_was_begun_is_not(copy_job: MakeJob, box: Any) -> None:
+    gate = threading.Event()
+    begun = threading.Event()
+
+    def execute(job: Job, deadline: float | None) -> JobResult:
+        begun.set()
+        assert gate.wait(PATIENCE_S)
+        return all_ok(job, deadline)
+
+    channel = opened(execute, box)
+    for job_id in range(3):
+        channel.send(copy_job(job_id))
+    assert begun.wait(PATIENCE_S)
+    assert [channel.revoke(job_id) for job_id in (0, 1, 7)] == [False, True, False]
+    assert [(result.job_id, result.outcomes.tolist()) for result in box.results] == [(1, [Outcome.LATE] * 2)]
+    gate.set()
+    assert channel.close(PATIENCE_S)
+    assert sorted(box.ids) == [0, 1, 2]
+
+
+def test_an_abandoned_channel_ends_what_was_begun_and_nothing_else(copy_job: MakeJob, box: Any) -> None:
+    gate = threading.Event()
+    begun = threading.Event()
+    executed: list[int] = []
+
+    def execute(job: Job, deadline: float | None) -> JobResult:
+        executed.append(job.job_id)
+        begun.set()
+        assert gate.wait(PATIENCE_S)
+        return all_ok(job, deadline)
+
+    channel = opened(execute, box)
+    for job_id in range(3):
+        channel.send(copy_job(job_id))
+    assert begun.wait(PATIENCE_S)
+    channel.abandon()
+    with pytest.raises(PoolClosed):
+        channel.send(copy_job(9))
+    gate.set()
+    assert channel.close(PATIENCE_S)
+    assert executed == [0]
+    assert sorted(box.ids) == [0, 1, 2]

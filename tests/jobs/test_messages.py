@@ -59,6 +59,7 @@ def jobs(draw: st.DrawFn) -> Any:
         "priorities": batch(draw, n, "uint8", 100),
         "timeout_s": draw(st.none() | st.floats(allow_nan=False)),
         "is_urgent": draw(st.booleans()),
+        "is_alone": draw(st.booleans()),
     }
     if given_fields["parents"] is not None:
         given_fields["parents"] = hashes(draw, n)
@@ -295,6 +296,9 @@ CLAIMS = {
     "arrays in arrays": b"\x91" * 1_000_000,
     "maps in maps": b"\x81\x01" * 500_000,
     "map with a list as key": b"\x81\x91\x00\x00",
+    "map with a map as key": b"\x81\x81\x00\x00\x00",
+    "map with a list of a map as key": b"\x81\x91\x81\x00\x00\x00",
+    "time that never was": b"\xc7\x0c\xff\xff\xff\xff\xff\x7f\xff\xff\xff\xff\xff\xff\xff",
     "extension of ours": b"\xc7\x04\x01abcd",
     "time": b"\xd6\xff\xff\xff\xff\xff",
 }

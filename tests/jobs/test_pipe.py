@@ -184,10 +184,17 @@ def test_every_job_is_answered_refused_or_lost_when_the_process_dies_under_fire(
 def test_process_that_does_not_keep_to_the_language_is_lost_with_the_reason(
     spawn: Any, box: Any, copy_job: MakeJob, server: str, reason: str
 ) -> None:
-    _, connection = spawn(server)
+    process, connection = spawn(server)
     channel = opened(connection, box)
     if server != "talk_of_another_version":
         channel.send(copy_job(0))
+    if server == "talk_nonsense":
+        while not channel._is_lost:
+            process.join(0.001)
+        assert box.lost == [], "a process that lives may still move the bytes of its jobs"
+        with pytest.raises(PoolClosed):
+            channel.send(copy_job(1))
+        process.kill()
     box.wait_for(lambda box: box.lost)
     assert box.lost[0].startswith(reason)
     assert box.ids == []

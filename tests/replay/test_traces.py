@@ -58,6 +58,14 @@ def test_agent_ids_are_local_to_their_session_and_subagents_nest(tmp_path: Path)
     assert not np.array_equal(first, other)
 
 
+def test_requests_tell_their_time_in_seconds_and_their_session(tmp_path: Path) -> None:
+    mooncake = read_trace(write(tmp_path / "m.jsonl", MOONCAKE))
+    assert [(request.time_s, request.session) for request in mooncake] == [(0.0, ""), (0.009, "")]
+    session = {"id": "a", "requests": [{"t": 5, "hash_ids": [1]}, {"requests": [{"hash_ids": [9]}]}]}
+    agents = read_trace(write(tmp_path / "a.jsonl", [session, {"id": "b", "requests": [{"t": 2.5, "hash_ids": [1]}]}]))
+    assert [(request.time_s, request.session) for request in agents] == [(5.0, "a"), (5.0, "a"), (2.5, "b")]
+
+
 def test_limit_stops_reading(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", MOONCAKE)
     path.write_bytes(path.read_bytes() + b"{broken")
@@ -75,6 +83,8 @@ def test_limit_stops_reading(tmp_path: Path) -> None:
         (b"[1]\n", "line 1: not a request"),
         (b'{"id": 5, "requests": []}\n', "line 1: not an agent session"),
         (b'{"id": "s", "requests": [{"requests": [5]}]}\n', "line 1: the requests of a subagent"),
+        (b'{"timestamp": "noon", "hash_ids": [1]}\n', "line 1: timestamp must be a time, 0 or more"),
+        (b'{"id": "s", "requests": [{"t": -1, "hash_ids": [1]}]}\n', "line 1: t must be a time, 0 or more"),
         (b"\n\n", "no request in it"),
     ],
 )
@@ -127,6 +137,9 @@ def test_generated_conversations_share_prompts_and_repeat_by_seed() -> None:
     assert len(one) == 27
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, again, strict=True))
     assert not all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, other, strict=True))
+    assert len({request.session for request in one}) == 9
+    times = [request.time_s for request in one]
+    assert times == sorted(times)
     assert len({request.tokens[:512].tobytes() for request in one}) <= 4
 
 

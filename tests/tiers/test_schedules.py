@@ -1,4 +1,4 @@
-"""Schedules that hypothesis chooses: never a wrong byte, a leaked block or a transfer without end (CONFORMANCE 28-32, 40).
+"""Schedules that hypothesis chooses: no wrong byte, leaked block or transfer without end (CONFORMANCE 28-32, 40).
 
 ``KVBM_SCHEDULES`` is how many there are for each case; ``nox -s soak`` asks for 100,000.
 """

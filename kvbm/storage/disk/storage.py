@@ -201,7 +201,7 @@ class DiskStorage(Storage):
             I/O is still under way; nothing new is taken, the files are closed when it ends, and closing again waits
             for it again.
         """
-        super().close()
+        super().close(timeout)
         if os.getpid() != self._pid:  # the threads are the parent's
             self._files.close()
             return
