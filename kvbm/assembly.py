@@ -100,6 +100,8 @@ def assemble(
         A tier's memory or file cannot be had; what was made is let go.
     """
     given = dict(storages or {})
+    if config.disk.path is not None and not config.disk.is_present and Tier.DISK not in given:
+        _log.warning("no disk tier: disk.path is given without disk.num_blocks or disk.size path=%s", config.disk.path)
     made: dict[Tier, Storage] = {}
     try:
         for tier in _TIERS:
@@ -234,7 +236,11 @@ def _make_storage(config: Config, tier: Tier, layout: BlockLayout, backend: Back
 
         assert config.disk.path is not None, "checked by the configuration"
         return DiskStorage(
-            layout, config.disk.path, num_threads=config.runtime.io_threads, use_direct_io=config.disk.direct_io
+            layout,
+            config.disk.path,
+            num_threads=config.runtime.io_threads,
+            use_direct_io=config.disk.direct_io,
+            max_queued_nbytes=config.disk.max_queued_nbytes,
         )
     kind = DeviceStorage if tier is Tier.DEVICE else HostStorage
     return kind(
@@ -271,6 +277,9 @@ def _limits(config: Config) -> Limits:
     return Limits(
         queue_blocks=offload.queue_blocks,
         job_blocks=offload.job_blocks,
+        route_jobs=offload.route_jobs,
+        lineage_blocks=offload.lineage_blocks,
+        touch_calls=offload.touch_calls,
         in_flight_share=offload.in_flight_share,
         onboard_timeout_s=runtime.onboard_timeout_s,
         offload_timeout_s=runtime.offload_timeout_s,

@@ -351,13 +351,13 @@ class BlockManager:
     ) -> MergedSubscription:
         """Read what happens to blocks from now on, in one tier and of some kinds, or all."""
         kinds = None if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
-        pools = list(self._pools.values()) if tier is None else [self._pools[self._tier(tier)]]
+        only = None if tier is None else self._tier(tier)
+        pools = self._pools.values() if only is None else [self._pools[only]]
         subscriptions = [pool.subscribe_events(kinds) for pool in pools]
-        if tier is not None or (kinds is not None and KvEventType.MIGRATED not in kinds):
+        if kinds is not None and KvEventType.MIGRATED not in kinds:
             return MergedSubscription(subscriptions)
-        log = MigrationLog(
-            worker_id=self.config.runtime.worker_id, metadata={"model": self.model} if self.model else None
-        )
+        metadata = {"model": self.model} if self.model else None
+        log = MigrationLog(worker_id=self.config.runtime.worker_id, metadata=metadata, tier=only)
         self._planner.add_log(log)
         return MergedSubscription(subscriptions, migrations=log)
 

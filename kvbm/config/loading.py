@@ -200,7 +200,13 @@ def _unknown_variable(tree: type[msgspec.Struct], section: str, name: str, varia
 
 
 def _warn_of_single_underscore(tree: type[msgspec.Struct], variable: str) -> None:
-    section, _, name = variable.removeprefix(_PREFIX).lower().partition("_")
+    bare = variable.removeprefix(_PREFIX).lower()
+    top = [name for name in (*fields_of(tree), *OTHER_NAMES) if "." not in name and name not in sections_of(tree)]
+    if close := nearest_name(bare, top, cutoff=0.8):
+        _log.warning(
+            "variable=%s is no setting and was left alone, did you mean %s?", variable, f"{_PREFIX}{close}".upper()
+        )
+    section, _, name = bare.partition("_")
     if section in sections_of(tree) and name in _known(tree, section):
         meant = f"{_PREFIX}{section}__{name}".upper()
         _log.warning("variable=%s is no setting and was left alone, with two underscores it is: %s", variable, meant)

@@ -164,6 +164,15 @@ class DiskConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         key("Directory that holds the blocks; offload_path at the top means it too.", "a directory", is_path=True),
     ] = None
     direct_io: Annotated[bool, key("Go around the page cache where the file system allows.", _SWITCH)] = True
+    max_queued_size: Annotated[
+        PositiveInt | SizeText,
+        key("Bytes of reads, and as many of writes, that may be under way at once.", _TIER_SIZE, is_size=True),
+    ] = 256 << 20
+
+    @property
+    def max_queued_nbytes(self) -> int:
+        """`max_queued_size` in bytes."""
+        return int(self.max_queued_size)
 
     def _check_together(self) -> None:
         super()._check_together()
@@ -186,11 +195,16 @@ class OffloadConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )
     queue_blocks: Annotated[PositiveInt, key("Blocks that may wait; what does not fit is dropped.", _COUNT)] = 8192
     job_blocks: Annotated[PositiveInt, key("Blocks of one job.", _COUNT)] = 64
+    route_jobs: Annotated[PositiveInt, key("Jobs of one route under way at once.", _COUNT)] = 4
     in_flight_share: Annotated[Share, key("Share of a pool that jobs under way may hold.", _SHARE)] = 0.25
     staging_blocks: Annotated[
         PositiveInt, key("Blocks of the ring that bytes pass through on their way to and from disk.", _COUNT)
     ] = 16
     verify_checksums: Annotated[bool, key("Check every block on its way up.", _SWITCH)] = True
+    lineage_blocks: Annotated[
+        PositiveInt, key("Blocks remembered to keep parents younger than their children in lower tiers.", _COUNT)
+    ] = 1 << 18
+    touch_calls: Annotated[PositiveInt, key("Hits that may wait until lower tiers are told of them.", _COUNT)] = 4096
     use_count_blocks: Annotated[PositiveInt, key("Blocks that the second_use policy remembers.", _COUNT)] = 65536
     min_priority: Annotated[
         Priority, key("Lowest priority that the priority policy offloads.", f"0 to {MAX_PRIORITY}")

@@ -28,6 +28,8 @@ class MigrationLog:
         Put into every event, beside ``"source"``, the tier the block came from.
     capacity : int
         Events kept; when a reader falls behind it finds one GAP.
+    tier : Tier, optional
+        Only what is stored there.
     clock : callable
         Gives nanoseconds since the epoch.
     """
@@ -38,8 +40,10 @@ class MigrationLog:
         worker_id: str = "0",
         metadata: dict[str, str] | None = None,
         capacity: int = 65536,
+        tier: Tier | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._tier = tier
         self._worker_id = worker_id
         self._metadata = dict(metadata or {})
         self._clock = clock
@@ -52,6 +56,8 @@ class MigrationLog:
 
     def add(self, route: tuple[Tier, Tier], ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
         """Note blocks that were stored; called under the planner's lock."""
+        if self._tier not in (None, route[1]):
+            return
         with self._lock:
             for i, block_id in enumerate(ids.tolist()):
                 self._num_seen += 1

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvbm.blocks import ImmutableBlocks, MutableBlocks
 from kvbm.jobs import CopyJob, Outcome
+from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import RouteCounters
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
@@ -64,6 +65,7 @@ class OffloadRoute:
         Gives job numbers.
     moved : callable
         Told of blocks that were stored below: route, slots there, hashes, parents.
+    complaints : Complaints
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class OffloadRoute:
         lineages: Lineages,
         next_id: Callable[[], int],
         moved: Moved,
+        complaints: Complaints,
     ) -> None:
         self.source = source
         self.destination = destination
@@ -86,6 +89,7 @@ class OffloadRoute:
         self._lineages = lineages
         self._next_id = next_id
         self._moved = moved
+        self._complaints = complaints
         self._events = source.subscribe_events(["created"])
         self.pauses = 0  # who keeps it from emitting
         self._last_seq: int | None = None  # of the rows read so far
@@ -311,7 +315,8 @@ class OffloadRoute:
         load.source.release()
         self.source.touch_blocks(load.before)
         if not entry.is_whole:
-            _log.warning(
+            _log.log(
+                self._complaints.level("offload incomplete"),
                 "offload incomplete source=%s destination=%s num_blocks=%d num_moved=%d reason=%s",
                 *(tier.value for tier in self.key), len(ok), num_arrived, entry.reason,
             )  # fmt: skip

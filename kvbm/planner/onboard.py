@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvbm.blocks import ImmutableBlocks, MutableBlocks
 from kvbm.jobs import CopyJob, Outcome
+from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import PlannerStatistics, RouteCounters
 from kvbm.planner.hit import HitPart
 from kvbm.planner.ledger import After, OpenJob
@@ -71,6 +72,7 @@ class Onboarder:
         Told of blocks that were stored in the top tier: route, slots there, hashes, parents.
     clock : callable
         Gives seconds; monotonic.
+    complaints : Complaints
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Onboarder:
         next_id: Callable[[], int],
         moved: Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None],
         clock: Callable[[], float],
+        complaints: Complaints,
     ) -> None:
         self._top = top
         self._limits = limits
@@ -89,6 +92,7 @@ class Onboarder:
         self._next_id = next_id
         self._moved = moved
         self._clock = clock
+        self._complaints = complaints
         self._loads: dict[int, _Load] = {}  # by job
         self._loading: dict[bytes, tuple[int, int]] = {}  # hash -> job, index in it
         self._unlisted: dict[int, _Load] = {}  # not in `_loading` yet: nobody has looked
@@ -279,7 +283,8 @@ class Onboarder:
         bad, _ = load.pool.hold_blocks(load.ids[is_bad], load.hashes[is_bad])
         load.pool.discard_blocks(bad)
         bad.release()
-        _log.warning(
+        _log.log(
+            self._complaints.level("onboard incomplete"),
             "onboard incomplete source=%s num_blocks=%d num_good=%d num_corrupt=%d reason=%s",
             load.pool.tier.value, len(load.ids), int(entry.ok.sum()),
             int((entry.outcomes == Outcome.CORRUPT).sum()), entry.reason,

@@ -9,7 +9,6 @@ something was registered, or a test does.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from kvbm.blocks import ImmutableBlocks
 from kvbm.errors import BlockStateError, ConfigError, PoolClosed
 from kvbm.events import MigrationLog
 from kvbm.jobs import CopyJob, Job, JobChannel, Outcome, Transfer
+from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import PlannerStatistics
 from kvbm.planner.dispatch import Dispatcher, Settle, Unsent
 from kvbm.planner.flush import Flusher
@@ -31,8 +31,9 @@ from kvbm.planner.lineage import Lineages
 from kvbm.planner.offload import OffloadRoute
 from kvbm.planner.onboard import Onboarder
 from kvbm.planner.onboarding import Onboarding
-from kvbm.planner.policies import AlwaysPolicy, OffloadPolicy
+from kvbm.planner.policies import OffloadPolicy
 from kvbm.planner.records import RecordKeeper
+from kvbm.planner.routes import make_routes
 from kvbm.planner.touches import Touches
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
@@ -74,6 +75,7 @@ class Planner:
         self.pools = tuple(pools)
         self.limits = limits or Limits()
         self._clock = clock
+        self._complaints = Complaints(clock)
         self._dispatcher = Dispatcher(
             channels, clock=clock, settling=self._settling, losing=self._losing, settled=self._poke_if_queued
         )
@@ -93,24 +95,19 @@ class Planner:
         self._wake: Callable[[], None] | None = None
         self._is_closed = self._are_pools_closed = False
         self._lineages = Lineages(self.limits.lineage_blocks)
-        pairs = list(itertools.pairwise(pools))
-        chosen = policies if policies is not None else [AlwaysPolicy() for _ in pairs]
-        self._routes = [
-            OffloadRoute(
-                source,
-                destination,
-                policy,
-                limits=self.limits,
-                counters=self._statistics.route(source.tier, destination.tier),
-                lineages=self._lineages,
-                next_id=self._ledger.next_id,
-                moved=self._moved,
-            )
-            for (source, destination), policy in zip(pairs, chosen, strict=True)
-        ]
+        self._routes, counting = make_routes(
+            self.pools,
+            policies,
+            limits=self.limits,
+            statistics=self._statistics,
+            lineages=self._lineages,
+            next_id=self._ledger.next_id,
+            moved=self._moved,
+            complaints=self._complaints,
+        )
         self._touches = Touches(
             pools[1:],
-            [route for route, policy in zip(self._routes, chosen, strict=True) if _reads_uses(policy)],
+            counting,
             lineages=self._lineages,
             dispatcher=self._dispatcher,
             max_calls=self.limits.touch_calls,
@@ -122,6 +119,7 @@ class Planner:
             next_id=self._ledger.next_id,
             moved=self._moved,
             clock=clock,
+            complaints=self._complaints,
         )
         self._flusher = Flusher(self._dispatcher, self._routes, pump=self.pump, need_open=self._need_open, clock=clock)
         self._dispatcher.start()
@@ -312,7 +310,7 @@ class Planner:
     def add_log(self, log: MigrationLog) -> None:
         """Note in this log what is stored in another tier, from now on until it is closed."""
         with self._locked():
-            self._logs = (*self._logs, log)
+            self._logs = (*(known for known in self._logs if known.is_open), log)
 
     def _moved(self, route: tuple[Tier, Tier], ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
         if not all(log.is_open for log in self._logs):
@@ -380,7 +378,8 @@ class Planner:
         for entry in overdue:
             if isinstance(entry.job, CopyJob):
                 self._statistics.route(entry.job.source, entry.job.destination).draining += len(entry.job.hashes)
-            _log.warning("job overdue job_id=%d kind=%s", entry.job.job_id, type(entry.job).__name__)
+            level = self._complaints.level("job overdue")
+            _log.log(level, "job overdue job_id=%d kind=%s", entry.job.job_id, type(entry.job).__name__)
         return [entry.job for entry in overdue]
 
     def _expire(self, onboarding: Onboarding) -> None:
@@ -392,7 +391,3 @@ class Planner:
         if onboarding.transfer.cancelled():
             with self._locked():
                 onboarding.abandon()
-
-
-def _reads_uses(policy: OffloadPolicy) -> bool:
-    return type(policy).used is not OffloadPolicy.used

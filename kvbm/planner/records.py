@@ -7,6 +7,7 @@ every rank; it takes the planner's lock, so nothing here is called under that.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from kvbm.jobs import ForgetJob, InventoryJob, Job, JobResult, ProbeJob, Touched
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
+
+_TOUCH_BATCHES = 4096  # that wait for a slow executor; the oldest are forgotten
 
 
 class Submit(Protocol):
@@ -56,6 +59,8 @@ class RecordKeeper:
         self._submit = submit
         self._timeout_s = timeout_s
         self._clock = clock
+        self._touched: dict[Tier, deque[HashArray]] = {tier: deque(maxlen=_TOUCH_BATCHES) for tier in self.tiers}
+        self._is_telling: set[Tier] = set()  # tiers whose executor has not answered the last one
         self._asked: weakref.WeakSet[Transfer[Any]] = weakref.WeakSet()
 
     def close(self, error: BaseException) -> None:
@@ -91,9 +96,14 @@ class RecordKeeper:
 
     def touch(self, pool: BlockPool, batches: Sequence[HashArray]) -> None:
         """Tell the executors of a pool's tier what was used, in order."""
-        if pool.tier not in self.tiers or not batches:
+        if pool.tier not in self.tiers:
             return
-        hashes = np.concatenate([batch[::-1] for batch in batches])  # oldest first: a sequence's head is its youngest
+        waiting = self._touched[pool.tier]
+        waiting.extend(batches)
+        if not waiting or pool.tier in self._is_telling:  # one job at a time: an executor may be slow
+            return
+        hashes = np.concatenate([batch[::-1] for batch in waiting])  # oldest first: a sequence's head is its youngest
+        waiting.clear()
         ids = pool.lookup(hashes)
         is_there = ids >= 0
         if not is_there.any():
@@ -101,7 +111,13 @@ class RecordKeeper:
         ids, hashes = ids[is_there], hashes[is_there]
         _, _, priorities = pool.describe_blocks(ids)
         job = TouchedJob(job_id=self._next_id(), tier=pool.tier, ids=ids, hashes=hashes, priorities=priorities)
-        self._submit([(job, _ignore)])
+
+        def settle(entry: OpenJob) -> Iterable[After]:
+            self._is_telling.discard(pool.tier)
+            return ()
+
+        self._is_telling.add(pool.tier)
+        self._submit([(job, settle)])
 
     def probe(self, pool: BlockPool, hashes: HashArray) -> Transfer[npt.NDArray[np.bool_]]:
         """Ask every rank which registered blocks of a pool it really holds: (num_blocks,) bool."""
