@@ -190,7 +190,9 @@ def _join(
         policies[0] = offload_policy
     planner = Planner(
         list(pools.values()),
-        [LocalChannel(executor.execute, is_small=executor.is_small)] if policies else [],
+        [LocalChannel(executor.execute, is_small=executor.is_small, is_bounded=executor.is_bounded)]
+        if policies
+        else [],
         policies=policies,
         recording_tiers=[tier for tier, storage in storages.items() if storage.capabilities.is_persistent],
         limits=_limits(config),

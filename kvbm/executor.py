@@ -77,13 +77,16 @@ class Executor:
 
     def is_small(self, job: Job) -> bool:
         """Whether a job is a copy between memories of at most `small_nbytes`."""
+        if not (isinstance(job, CopyJob) and self.is_bounded(job)):
+            return False
+        return len(job.source_ids) * self._storages[job.source].layout.block_nbytes <= self._small_nbytes
+
+    def is_bounded(self, job: Job) -> bool:
+        """Whether a job is a copy between memories, which cannot hang."""
         if not isinstance(job, CopyJob):
             return False
-        source, destination = self._storages.get(job.source), self._storages.get(job.destination)
-        if source is None or destination is None:
-            return False
-        is_memory = source.capabilities.is_addressable and destination.capabilities.is_addressable
-        return is_memory and len(job.source_ids) * source.layout.block_nbytes <= self._small_nbytes
+        storages = self._storages.get(job.source), self._storages.get(job.destination)
+        return all(storage is not None and storage.capabilities.is_addressable for storage in storages)
 
     def execute(self, job: Job, deadline: float | None = None) -> JobResult:
         """Run a job.

@@ -120,6 +120,9 @@ class _Echo:
     def revoke(self, job_id: int) -> bool:
         return False
 
+    def run_here(self, job_id: int) -> bool:
+        return False
+
     def close(self, timeout_s: float | None = None) -> bool:
         return True
 

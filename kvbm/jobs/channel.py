@@ -7,7 +7,10 @@ jobs before others. Small urgent ones run in the caller's thread, because a hand
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +23,7 @@ from kvbm.errors import PoolClosed
 from kvbm.jobs.messages import CopyJob, Job, JobResult, Outcome, num_blocks_of
 
 _log = logging.getLogger("kvbm.jobs")
+_BACKGROUND_NICENESS = 10
 
 Execute = Callable[[Job, "float | None"], JobResult]
 Receive = Callable[[JobResult], None]
@@ -42,6 +46,12 @@ class JobChannel(Protocol):
     def revoke(self, job_id: int) -> bool:
         """Answer a job as late at once if it was not begun; return whether that was so, as far as this side knows."""
 
+    def run_here(self, job_id: int) -> bool:
+        """Run a job in this thread that was not begun and that cannot hang; return whether it was done.
+
+        Whoever waits for a copy between memories makes it rather than be woken twice; False is always right.
+        """
+
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more jobs; wait for those sent; return whether they all ended in time."""
 
@@ -54,7 +64,9 @@ class LocalChannel:
     execute : callable
         Takes a job and the moment (of `clock`) at which its time is over, or None; gives its result.
     is_small : callable, optional
-        Whether an urgent job is small enough for the caller's thread; None: no job is.
+        Whether an urgent job is small enough for the thread that sends it; None: no job is.
+    is_bounded : callable, optional
+        Whether a job cannot hang, so that whoever waits for it may run it; None: no job is.
     clock : callable
         Gives seconds; monotonic.
     """
@@ -64,10 +76,12 @@ class LocalChannel:
         execute: Execute,
         *,
         is_small: Callable[[Job], bool] | None = None,
+        is_bounded: Callable[[Job], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._execute = execute
         self._is_small = is_small
+        self._is_bounded = is_bounded
         self._clock = clock
         self._receive: Receive | None = None
         self._lock = threading.Condition(threading.Lock())  # guards what follows; never held while a job runs
@@ -93,22 +107,37 @@ class LocalChannel:
                 name = _lane_of(job)
                 lane = self._lanes.get(name)
                 if lane is None:
-                    lane = self._lanes[name] = _Lane(name, self._run)
+                    is_urgent = isinstance(job, CopyJob) and job.is_urgent
+                    lane = self._lanes[name] = _Lane(name, self._run, is_urgent=is_urgent)
                 lane.put(job, deadline)  # under the lock: a lane that was told to finish takes nothing more
                 return
             self._callers.append(caller)
+        self._run_as_caller(job, deadline)
+
+    def _run_as_caller(self, job: Job, deadline: float | None) -> None:
         try:
             self._run(job, deadline)
         finally:
             with self._lock:
-                self._callers.remove(caller)
+                self._callers.remove(threading.get_ident())
                 self._lock.notify_all()
+
+    def run_here(self, job_id: int) -> bool:
+        """Run a job in this thread that no thread has begun and that cannot hang; return whether it was done."""
+        if self._is_bounded is None:
+            return False
+        with self._lock:
+            found = [entry for lane in self._lanes.values() for entry in lane.take_back(job_id, self._is_bounded)]
+            self._callers.extend(threading.get_ident() for _ in found)
+        for job, deadline in found:
+            self._run_as_caller(job, deadline)
+        return bool(found)
 
     def revoke(self, job_id: int) -> bool:
         """Answer a job as late at once if no thread has begun it; return whether that was so."""
         with self._lock:
             lanes = list(self._lanes.values())
-        revoked = [job for lane in lanes for job in lane.take_back(job_id)]
+        revoked = [job for lane in lanes for job, _ in lane.take_back(job_id)]
         self._answer_late(revoked, "its time was over before it began")
         return bool(revoked)
 
@@ -117,7 +146,7 @@ class LocalChannel:
         with self._lock:
             self._is_closed = True
             lanes = list(self._lanes.values())
-        self._answer_late([job for lane in lanes for job in lane.take_back(None)], "it was abandoned")
+        self._answer_late([job for lane in lanes for job, _ in lane.take_back(None)], "it was abandoned")
 
     def _answer_late(self, jobs: list[Job], reason: str) -> None:
         assert self._receive is not None, "a channel is opened before it is used"
@@ -158,8 +187,9 @@ class LocalChannel:
 class _Lane:
     """One thread and what waits for it, urgent jobs first; the thread starts with the first job."""
 
-    def __init__(self, name: str, run: Callable[[Job, float | None], None]) -> None:
+    def __init__(self, name: str, run: Callable[[Job, float | None], None], *, is_urgent: bool) -> None:
         self._run = run
+        self._is_urgent = is_urgent  # as its first job: a route goes up or down
         self._urgent: deque[tuple[Job, float | None]] = deque()
         self._others: deque[tuple[Job, float | None]] = deque()
         self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back
@@ -173,15 +203,20 @@ class _Lane:
             (self._urgent if isinstance(job, CopyJob) and job.is_urgent else self._others).append((job, deadline))
             self._has_work.notify()
 
-    def take_back(self, job_id: int | None) -> list[Job]:
-        """Take out a job that waits, or all of them."""
+    def take_back(
+        self, job_id: int | None, is_wanted: Callable[[Job], bool] = lambda job: True
+    ) -> list[tuple[Job, float | None]]:
+        """Take out a job that waits, or all of them, with their deadlines."""
         with self._lock:
-            taken = []
+            taken: list[tuple[Job, float | None]] = []
             for waiting in (self._urgent, self._others):
-                found = [entry for entry in waiting if job_id is None or entry[0].job_id == job_id]
-                for entry in found:
-                    waiting.remove(entry)
-                taken += [job for job, _ in found]
+                kept: list[tuple[Job, float | None]] = []
+                for entry in waiting:
+                    is_meant = job_id is None or entry[0].job_id == job_id
+                    (taken if is_meant and is_wanted(entry[0]) else kept).append(entry)
+                if len(kept) < len(waiting):
+                    waiting.clear()
+                    waiting.extend(kept)
             return taken
 
     def finish(self) -> None:
@@ -196,6 +231,8 @@ class _Lane:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
+        if not self._is_urgent:
+            _let_others_go_first()
         while True:
             with self._lock:
                 while not (self._urgent or self._others):
@@ -208,6 +245,13 @@ class _Lane:
             except BaseException:  # the jobs behind it still want their answers
                 _log.exception("a result could not be taken job_id=%d", job.job_id)
             del job
+
+
+def _let_others_go_first() -> None:
+    """Lower this thread's claim to the processor; what it copies, and the threads that copy for it, nobody waits for."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone can do that for one thread
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
 def remaining_s(give_up: float | None) -> float | None:

@@ -45,6 +45,8 @@ class Transfer(Generic[ResultT]):
     on_deadline : callable, optional
         Called once, by whoever looks first after the deadline, instead of ending in `TransferTimeout`: it ends the
         transfer with what there is, or knows that somebody is about to.
+    on_wait : callable, optional
+        Called once, by the first who waits for as long as it takes: it may do what is waited for.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Transfer(Generic[ResultT]):
         deadline_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_deadline: Callable[[], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> None:
         self._clock = clock
         self._on_deadline = on_deadline
+        self._on_wait = on_wait
         self._deadline = None if deadline_s is None else clock() + deadline_s
         self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back
         self._condition: threading.Condition | None = None  # made by the first who waits
@@ -100,6 +104,9 @@ class Transfer(Generic[ResultT]):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until it has ended or `timeout` seconds are over; return whether it has ended."""
+        on_wait, self._on_wait = self._on_wait, None if timeout is None else self._on_wait
+        if timeout is None and on_wait is not None:
+            on_wait()
         give_up = None if timeout is None else self._clock() + timeout
         while not self.done():
             with self._lock:
@@ -227,7 +234,8 @@ class Transfer(Generic[ResultT]):
                 return False
             self._result, self._error = result, error
             self._state = state
-            self._on_deadline = None  # it may know us: whoever forgets a transfer forgets its blocks at once
+            # They may know us: whoever forgets a transfer forgets its blocks at once.
+            self._on_deadline = self._on_wait = None
             callbacks, self._callbacks = self._callbacks, []
             if self._condition is not None:
                 self._condition.notify_all()

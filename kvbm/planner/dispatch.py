@@ -106,6 +106,12 @@ class Dispatcher:
             for channel in self._channels:
                 channel.revoke(job.job_id)
 
+    def run_here(self, jobs: Iterable[Job]) -> None:
+        """Run jobs in this thread that no executor has begun and that cannot hang, without the lock."""
+        for job in jobs:
+            for channel in self._channels:
+                channel.run_here(job.job_id)
+
     @property
     def is_answering(self) -> bool:
         """Whether this thread is in a callback of something that it has just settled."""

@@ -10,6 +10,7 @@ something was registered, or a test does.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -77,7 +78,7 @@ class Planner:
         self._clock = clock
         self._complaints = Complaints(clock)
         self._dispatcher = Dispatcher(
-            channels, clock=clock, settling=self._settling, losing=self._losing, settled=self._poke_if_queued
+            channels, clock=clock, settling=self._settling, losing=self._losing, settled=self._poke
         )
         self._locked, self._changed = self._dispatcher.locked, self._dispatcher.changed
         self._ledger = self._dispatcher.ledger
@@ -94,6 +95,7 @@ class Planner:
         self._logs: tuple[MigrationLog, ...] = ()
         self._wake: Callable[[], None] | None = None
         self._is_closed = self._are_pools_closed = False
+        self._looks_at = math.inf  # when whoever pumps will do so at the latest
         self._lineages = Lineages(self.limits.lineage_blocks)
         self._routes, counting = make_routes(
             self.pools,
@@ -160,14 +162,19 @@ class Planner:
             return Transfer.completed(parts[0].blocks)
         timeout_s = self.limits.onboard_timeout_s if timeout_s is None else timeout_s
         transfer: Transfer[ImmutableBlocks] = Transfer(
-            deadline_s=timeout_s, clock=self._clock, on_deadline=lambda: self._expire(onboarding)
+            deadline_s=timeout_s,
+            clock=self._clock,
+            on_deadline=lambda: self._expire(onboarding),
+            on_wait=lambda: self._dispatcher.run_here(jobs),
         )
         onboarding = Onboarding(self.pools[0], hit.hashes, transfer, deadline=self._clock() + timeout_s)
+        jobs: list[CopyJob] = []
         unsent: Unsent = deque()
         try:
             with self._locked():
                 self._need_open()
-                for job in self._onboarder.begin(onboarding, parts, timeout_s):
+                jobs += self._onboarder.begin(onboarding, parts, timeout_s)
+                for job in jobs:
                     self._dispatcher.open(job, self._onboarder.settle, timeout_s, unsent)
             if onboarding.is_settled:  # everything lay in the top tier
                 self._expire(onboarding)
@@ -178,8 +185,8 @@ class Planner:
             self._dispatcher.give_up(unsent)
             raise
         self._dispatcher.send(unsent)
-        if not transfer.done():
-            self._poke()  # its deadline may be the next one
+        if onboarding.deadline < self._looks_at and not transfer.done():
+            self._poke()  # whoever pumps would come too late to end it
         return transfer
 
     def prioritise(self, hashes: HashArray, priority: int) -> int:
@@ -252,6 +259,7 @@ class Planner:
                 return None
             moments = [self._ledger.next_due_at(), self._onboarder.next_deadline()]
         due_at = min((moment for moment in moments if moment is not None), default=None)
+        self._looks_at = math.inf if due_at is None else due_at
         return None if due_at is None else max(0.0, due_at - self._clock())
 
     def flush(self, timeout_s: float | None = None) -> None:
@@ -259,15 +267,7 @@ class Planner:
         self._flusher.flush(timeout_s)
 
     def reset_pool(self, pool: BlockPool, timeout_s: float | None = None) -> int:
-        """Forget every block of a pool, offloads in flight waited for; return how many.
-
-        Raises
-        ------
-        BlockStateError
-            Some block is in use; nothing was forgotten.
-        TransferTimeout
-            Offloads that touch the pool move for longer than that; nothing was forgotten.
-        """
+        """Forget every block of a pool, offloads in flight waited for; see `BlockManager.reset_pool`."""
         with self._flusher.calm(pool, timeout_s):
             return self.records.reset_pool(pool)
 
@@ -346,10 +346,6 @@ class Planner:
     def _poke(self) -> None:
         if self._wake is not None:
             self._wake()
-
-    def _poke_if_queued(self) -> None:
-        if any(route.counters.queued for route in self._routes):
-            self._poke()
 
     def _submit(self, jobs: Sequence[tuple[Job, Settle]]) -> None:
         unsent: Unsent = deque()

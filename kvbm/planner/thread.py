@@ -16,10 +16,15 @@ class PlannerThread:
     Parameters
     ----------
     planner : Planner
+    gather_s : float
+        How long it lets news gather: it then works once for all of them, and seldom takes the interpreter from a
+        request that has just registered.
     """
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, planner: Planner, *, gather_s: float = 5e-4) -> None:
         self._planner = planner
+        self._gather_s = gather_s
+        self._has_to_stop = threading.Event()
         self._has_news = threading.Event()
         self._is_stopping = False
         self._error: BaseException | None = None
@@ -41,6 +46,7 @@ class PlannerThread:
     def stop(self, timeout_s: float | None = None) -> bool:
         """End the thread; return whether it ended in time."""
         self._is_stopping = True
+        self._has_to_stop.set()
         self._has_news.set()
         if self._thread is not threading.current_thread():
             self._thread.join(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
@@ -50,6 +56,7 @@ class PlannerThread:
         while True:
             remaining_s = self._planner.seconds_to_deadline()
             self._has_news.wait(None if remaining_s is None else min(remaining_s, threading.TIMEOUT_MAX))
+            self._has_to_stop.wait(self._gather_s)
             self._has_news.clear()
             if self._is_stopping:
                 return

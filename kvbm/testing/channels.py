@@ -80,6 +80,10 @@ class SteppedChannel:
         """Nothing: what is sent here counts as begun, so that its bytes may come late."""
         return False
 
+    def run_here(self, job_id: int) -> bool:
+        """Nothing: a job runs when it is told to."""
+        return False
+
     def die(self, reason: str = "as told") -> None:
         """Lose the executor and what waits for it."""
         assert self._lost is not None, "a channel is opened before it is used"

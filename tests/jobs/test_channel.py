@@ -326,3 +326,28 @@ def test_an_abandoned_channel_ends_what_was_begun_and_nothing_else(copy_job: Mak
     assert channel.close(PATIENCE_S)
     assert executed == [0]
     assert sorted(box.ids) == [0, 1, 2]
+
+
+def test_whoever_waits_runs_a_bounded_job_that_no_thread_has_begun(copy_job: MakeJob, box: Any) -> None:
+    gate = threading.Event()
+    begun = threading.Event()
+    threads: dict[int, str] = {}
+
+    def execute(job: Job, deadline: float | None) -> JobResult:
+        threads[job.job_id] = threading.current_thread().name
+        if job.job_id == 0:
+            begun.set()
+            assert gate.wait(PATIENCE_S)
+        return all_ok(job, deadline)
+
+    channel = opened(execute, box, is_bounded=lambda job: job.job_id != 2)
+    for job_id in range(4):
+        channel.send(copy_job(job_id))
+    assert begun.wait(PATIENCE_S)
+    assert [channel.run_here(job_id) for job_id in (0, 1, 2, 9)] == [False, True, False, False]
+    assert box.ids == [1]
+    assert threads[1] == threading.current_thread().name
+    gate.set()
+    assert channel.close(PATIENCE_S)
+    assert sorted(box.ids) == [0, 1, 2, 3]
+    assert threads[2].startswith("kvbm-")

@@ -369,3 +369,18 @@ def test_task_that_is_cancelled_leaves_the_transfer_alone(caplog: pytest.LogCapt
 
 async def _await(transfer: Transfer[Any]) -> Any:
     return await transfer
+
+
+def test_whoever_waits_without_a_limit_may_do_the_work_once() -> None:
+    calls: list[str] = []
+
+    def work() -> None:
+        calls.append("worked")
+        transfer.set_result("done")
+
+    transfer: Transfer[str] = Transfer(on_wait=work)
+    assert not transfer.wait(0)
+    assert calls == [], "who waits for a while only must not be held up"
+    assert transfer.result() == "done"
+    assert transfer.result() == "done"
+    assert calls == ["worked"]
