@@ -248,7 +248,7 @@ class _Lane:
 
 
 def _let_others_go_first() -> None:
-    """Lower this thread's claim to the processor; what it copies, and the threads that copy for it, nobody waits for."""
+    """Lower this thread's claim to the processor, and that of threads it starts: nobody waits for what they copy."""
     with contextlib.suppress(OSError, AttributeError):  # Linux alone can do that for one thread
         if sys.platform == "linux":
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)

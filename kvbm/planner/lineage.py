@@ -78,8 +78,8 @@ class Lineages:
     def _note(self, chain: _Chain) -> None:
         """Name the end of a chain, and forget the oldest ends while there is too much."""
         key = chain.data[chain.length - 1].tobytes()
+        chain.num_ends += 1  # first: the end that gives way may be its own
         self._forget(self._ends.pop(key, None))
-        chain.num_ends += 1
         self._ends[key] = chain, chain.length
         while self._num_blocks > self._max_blocks or len(self._ends) > self._max_blocks:
             self._forget(self._ends.popitem(last=False)[1])
