@@ -6,6 +6,7 @@ All blocks of a plan are cut alike: block i, piece j goes from ``source_blocks[i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,27 +85,46 @@ def plan_copy(source: BoundLayout, destination: BoundLayout, source_ids: IdArray
     LayoutError
         The layouts hold different blocks, or an id is outside its layout or given twice as a destination.
     """
-    _check_same_block(source.layout, destination.layout)
+    pieces = _pieces(source, destination)
     from_ids = _checked_ids("source", source_ids, source.layout)
     to_ids = _checked_ids("destination", destination_ids, destination.layout)
     if len(from_ids) != len(to_ids):
         raise LayoutError(f"{len(from_ids)} source blocks for {len(to_ids)} destination blocks, give pairs")
-    unique, counts = np.unique(to_ids, return_counts=True)
-    if len(unique) != len(to_ids):
-        raise LayoutError(f"destination block {unique[counts > 1][0]} is given twice")
-    axes, piece_nbytes = _cut(source.layout, destination.layout)
-    source_pieces = _piece_addresses(source, axes)
-    destination_pieces = _piece_addresses(destination, axes)
-    is_permute = _orders_differ(source.layout, destination.layout)
-    is_strided = len(source_pieces) > 1 and _has_one_pitch(source_pieces) and _has_one_pitch(destination_pieces)
+    ordered = np.sort(to_ids)
+    is_again = ordered[1:] == ordered[:-1]
+    if is_again.any():
+        raise LayoutError(f"destination block {ordered[1:][is_again][0]} is given twice")
     return CopyPlan(
-        kind="permute" if is_permute else "strided" if is_strided else "runs",
+        kind=pieces.kind,
         source_blocks=from_ids * np.uint64(source.layout.strides.block),
         destination_blocks=to_ids * np.uint64(destination.layout.strides.block),
-        source_pieces=source_pieces,
-        destination_pieces=destination_pieces,
-        piece_nbytes=piece_nbytes,
+        source_pieces=pieces.source,
+        destination_pieces=pieces.destination,
+        piece_nbytes=pieces.nbytes,
     )
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """How any block is cut for two layouts: what does not depend on which blocks are copied."""
+
+    kind: Literal["runs", "strided", "permute"]
+    source: AddressArray  # address of each piece of block 0
+    destination: AddressArray
+    nbytes: int
+
+
+@functools.lru_cache(maxsize=32)
+def _pieces(source: BoundLayout, destination: BoundLayout) -> _Pieces:
+    _check_same_block(source.layout, destination.layout)
+    axes, nbytes = _cut(source.layout, destination.layout)
+    from_pieces, to_pieces = _piece_addresses(source, axes), _piece_addresses(destination, axes)
+    for addresses in (from_pieces, to_pieces):
+        addresses.flags.writeable = False
+    is_permute = _orders_differ(source.layout, destination.layout)
+    is_strided = len(from_pieces) > 1 and _has_one_pitch(from_pieces) and _has_one_pitch(to_pieces)
+    kind: Literal["runs", "strided", "permute"] = "permute" if is_permute else "strided" if is_strided else "runs"
+    return _Pieces(kind, from_pieces, to_pieces, nbytes)
 
 
 def _check_same_block(source: BlockLayout, destination: BlockLayout) -> None:
