@@ -303,6 +303,8 @@ class BlockManager:
         ------
         TransferTimeout
             It takes longer than `timeout` seconds; the work goes on.
+        TransferError
+            Called in a callback of a transfer.
         PoolClosed
             The manager is closed, or was closed meanwhile.
         """
@@ -367,9 +369,7 @@ class BlockManager:
             pool.check()
 
     def close(self, timeout: float | None = None) -> None:
-        """End every transfer, refuse further calls, and let go of memory and files. May be called twice.
-
-        Returns at once while another call closes, e.g. one that has just ended a transfer whose callback calls this.
+        """End every transfer, refuse further calls, let go of memory and files; return at once while another call does.
 
         Parameters
         ----------

@@ -55,7 +55,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     offload_timeout_s: Annotated[Seconds, key("Seconds after which an offload job is given up.", _SECONDS)] = 30.0
     close_timeout_s: Annotated[Seconds, key("Seconds that closing waits for work under way.", _SECONDS)] = 10.0
     small_copy: Annotated[
-        NaturalInt | SizeText, key("Copies of up to this size run in the caller's thread.", SIZE_ADVICE, is_size=True)
+        NaturalInt | SizeText,
+        key("A hit of up to this size, between memories, is copied in the caller's thread.", SIZE_ADVICE, is_size=True),
     ] = 1 << 20
 
     @property

@@ -88,8 +88,8 @@ class Dispatcher:
                 rank, job = unsent.popleft()
                 try:
                     self._channels[rank].send(job)
-                except Exception as error:  # it was not taken
-                    self._receive(rank, _unmoved(job, Outcome.FAILED, str(error)))
+                except Exception as error:  # it was not taken: its sources are as good as ever
+                    self._receive(rank, _unmoved(job, Outcome.LATE, str(error)))
         except BaseException:  # ctrl-C
             self.give_up(unsent)
             raise
@@ -106,11 +106,10 @@ class Dispatcher:
             for channel in self._channels:
                 channel.revoke(job.job_id)
 
-    def run_here(self, jobs: Iterable[Job]) -> None:
-        """Run jobs in this thread that no executor has begun and that cannot hang, without the lock."""
-        for job in jobs:
-            for channel in self._channels:
-                channel.run_here(job.job_id)
+    def run_here(self, job: Job) -> None:
+        """Run a job in this thread that no executor has begun and that cannot hang, without the lock."""
+        for channel in self._channels:
+            channel.run_here(job.job_id)
 
     @property
     def is_answering(self) -> bool:

@@ -54,8 +54,7 @@ class Flusher:
         TransferError
             Called in a callback of a transfer, in whose thread the offloads would have to end.
         """
-        if self._dispatcher.is_answering:
-            raise TransferError("flush cannot wait in a callback of a transfer: call it from another thread")
+        self._refuse_in_callbacks("flush")
         give_up = None if timeout_s is None else self._clock() + timeout_s
         for route in self._routes:
             with self._dispatcher.locked():
@@ -79,7 +78,10 @@ class Flusher:
             Offloads that touch it move for longer than that.
         PoolClosed
             The planner is closed, or was closed meanwhile.
+        TransferError
+            Called in a callback of a transfer.
         """
+        self._refuse_in_callbacks("a reset")
         give_up = None if timeout_s is None else self._clock() + timeout_s
         near = [route for route in self._routes if pool in (route.source, route.destination)]
         with self._dispatcher.locked():
@@ -98,6 +100,10 @@ class Flusher:
             with self._dispatcher.locked():
                 for route in near:
                     route.pauses -= 1
+
+    def _refuse_in_callbacks(self, what: str) -> None:
+        if self._dispatcher.is_answering:
+            raise TransferError(f"{what} cannot wait in a callback of a transfer: call it from another thread")
 
     def _wait(self, route: OffloadRoute, give_up: float | None, timeout_s: float | None) -> None:
         """Wait, under the lock, until some job is settled."""

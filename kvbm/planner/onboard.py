@@ -1,7 +1,8 @@
 """Loading blocks into the top tier: which jobs a hit needs, and what their answers mean.
 
-A block that is already on its way is joined, not loaded twice. What arrives whole is registered at once, whether or not
-its waiter is still there; a copy that is bad is discarded where it lay. The planner's lock guards it.
+A block that is already on its way is joined, not loaded twice, unless that job's time is much shorter than its own.
+What arrives whole is registered at once, whether or not its waiter is still there; a copy that is bad is discarded
+where it lay. The planner's lock guards it.
 """
 
 from __future__ import annotations

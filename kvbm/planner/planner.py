@@ -2,9 +2,8 @@
 
 It takes registered blocks out of the pools' outboxes and offloads them, finds hits over all tiers, and onboards them.
 One lock guards its books (the dispatcher's); it is taken before any pool's, and never held while a job is sent or a
-callback runs.
-Nothing here waits for bytes except `flush` and `close`. `pump` does what there is to do; a thread calls it when
-something was registered, or a test does.
+callback runs. Nothing here waits for bytes except `flush`, `close` and `reset_pool`. `pump` does what there is to do; a
+thread calls it when something was registered, or a test does.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
+_FAR_S = 1.0  # before a deadline: longer than a copy of one job takes
 _PAUSE_S = 2e-5  # after each offload job, so that a request that waits for the interpreter gets it
 
 
@@ -165,7 +165,7 @@ class Planner:
             deadline_s=timeout_s,
             clock=self._clock,
             on_deadline=lambda: self._expire(onboarding),
-            on_wait=lambda: self._dispatcher.run_here(jobs),
+            on_wait=lambda: self._run_here(jobs, onboarding),
         )
         onboarding = Onboarding(self.pools[0], hit.hashes, transfer, deadline=self._clock() + timeout_s)
         jobs: list[CopyJob] = []
@@ -377,6 +377,13 @@ class Planner:
             level = self._complaints.level("job overdue")
             _log.log(level, "job overdue job_id=%d kind=%s", entry.job.job_id, type(entry.job).__name__)
         return [entry.job for entry in overdue]
+
+    def _run_here(self, jobs: Sequence[CopyJob], onboarding: Onboarding) -> None:
+        """Make copies in the thread that waits for them, as long as its deadline is far."""
+        for job in jobs:
+            if onboarding.deadline - self._clock() < _FAR_S:
+                return
+            self._dispatcher.run_here(job)
 
     def _expire(self, onboarding: Onboarding) -> None:
         with self._locked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,19 @@ class Workload:
             manager.set_priority(hashes, rng.randrange(101))
 
 
+def let_go(tiers: Tiers, storage: Any) -> None:
+    """Release what the faults hold until no job is open; a fault that was chosen before may still be on its way."""
+    planner = tiers.manager._planner
+    give_up = time.monotonic() + PATIENCE_S
+    is_idle = False
+    while not is_idle:
+        assert time.monotonic() < give_up, "a job stays open"
+        storage.release()
+        storage.abandon()
+        with planner._changed:
+            is_idle = planner._changed.wait_for(lambda: not planner.num_open_jobs, 0.05)
+
+
 @pytest.mark.timeout(300)
 def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_a_block(make_tiers: Site) -> None:
     settings = {
@@ -271,7 +285,10 @@ def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_
     num_injected = dict.fromkeys(FaultMode, 0)
     num_hits = num_mismatches = 0
     before = set(threading.enumerate())
-    for seed in range(NUM_SEEDS):
+    for seed in range(4 * NUM_SEEDS):
+        is_enough = min(num_injected.values()) > 3 and sum(num_injected.values()) > 100
+        if seed >= NUM_SEEDS and is_enough and num_mismatches > 10 and num_hits > 1000:
+            break  # a busy machine injects less in a seed, for more comes too late
         rates = {**RATES, FaultMode.NEVER: 0.1} if seed % 4 < 2 else RATES
         plan = FaultPlan(rates=rates, seed=seed, affects="some")
         host = 14 if seed % 2 else 0  # every other one from device to disk through the ring alone
@@ -280,8 +297,7 @@ def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_
         work = Workload(tiers, seed)
         work.run()
         plan.is_on = False
-        storage.release()
-        storage.abandon()
+        let_go(tiers, storage)
         tiers.see_idle()
         for hashes in work.prompts:  # whatever is cached now is right
             tiers.num_hit(hashes)
@@ -295,7 +311,5 @@ def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_
         tiers.manager.check()
         assert set(threading.enumerate()) == before
         make_tiers.managers.clear()
-    assert min(num_injected.values()) > 3, num_injected
-    assert sum(num_injected.values()) > 100, num_injected
-    assert num_mismatches > 10
-    assert num_hits > 1000
+    else:
+        pytest.fail(f"too little went wrong to prove anything: {num_injected}, {num_mismatches=}, {num_hits=}")

@@ -192,6 +192,40 @@ def test_blocks_that_are_loading_are_joined_and_read_once(make_tiers: Site, sour
     tiers.see_idle()
 
 
+def test_a_patient_request_does_not_join_an_impatient_one(make_tiers: Site) -> None:
+    tiers = make_tiers(device=16, host=8, disk=16)
+    hashes = names(3)
+    tiers.put_below(hashes, "disk")
+    gate = make_tiers.gate(tiers, "disk-device")
+    impatient = tiers.manager.onboard(tiers.manager.match_sequence_hashes(hashes), timeout=0.02)
+    gate.wait_for(1)
+    assert impatient.wait(PATIENCE_S)
+    impatient.result(0).release()
+    patient = tiers.manager.onboard(tiers.manager.match_sequence_hashes(hashes), timeout=PATIENCE_S)
+    assert tiers.manager.statistics().joined == 0
+    gate.open()
+    blocks = patient.result(PATIENCE_S)
+    tiers.see_right(blocks, hashes)
+    assert len(blocks) == 3
+    blocks.release()
+    tiers.see_idle()
+
+
+def test_a_wait_with_a_near_deadline_leaves_the_copy_to_the_executor(make_tiers: Site) -> None:
+    tiers = make_tiers(device=16, host=8, settings={"runtime": {"small_copy": 0}})
+    hashes = names(3)
+    tiers.put_below(hashes, "host")
+    gate = make_tiers.gate(tiers, "host-device")
+    stuck = tiers.manager.onboard(tiers.manager.match_sequence_hashes(hashes[:1]))
+    gate.wait_for(1)  # the executor's thread is busy: another job waits behind it
+    hurried = tiers.manager.onboard(tiers.manager.match_sequence_hashes(hashes[1:]), timeout=0.05)
+    assert len(hurried.result()) == 0, "it ended at its deadline"
+    gate.open()
+    assert len(stuck.result(PATIENCE_S)) == 1
+    stuck.result(0).release()
+    tiers.see_idle()
+
+
 def test_blocks_that_were_joined_and_are_bad_shorten_both_hits(make_tiers: Site) -> None:
     plan = FaultPlan([FaultMode.FLIP], on="read", seed=1)
     tiers = make_tiers(device=16, host=8, disk=16, faults=plan)

@@ -1,6 +1,6 @@
 """Schedules that hypothesis chooses: no wrong byte, leaked block or transfer without end (CONFORMANCE 28-32, 40).
 
-``KVBM_SCHEDULES`` is how many there are for each case; ``nox -s soak`` asks for 100,000.
+``KVBM_SCHEDULES`` is how many there are for each case; tests/soak has its own hundred thousand.
 """
 
 from __future__ import annotations
