@@ -21,7 +21,7 @@ import numpy.typing as npt
 from kvbm._backend import Backend, default_backend
 from kvbm.errors import ConfigError
 from kvbm.jobs import CopyJob, ForgetJob, InventoryJob, Job, JobResult, Outcome, ProbeJob, TouchedJob, Transfer
-from kvbm.jobs.messages import num_blocks_of
+from kvbm.jobs.messages import answer_all
 from kvbm.storage.base import Storage
 from kvbm.storage.staging import StagingRing
 from kvbm.transfer import TransferEngine
@@ -113,8 +113,7 @@ class Executor:
             return self._keep_books(job)
         except Exception as error:
             _log.error("%s failed job_id=%d tier=%s error=%r", type(job).__name__, job.job_id, job.tier.value, error)
-            failed = np.full(num_blocks_of(job), Outcome.FAILED, dtype=np.uint8)
-            return JobResult(job_id=job.job_id, outcomes=failed, reason=_text_of(error))
+            return answer_all(job, Outcome.FAILED, _text_of(error))
 
     def close(self) -> None:
         """Let go of what the executor made; the caller has seen to it that no job runs."""

@@ -17,10 +17,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-
 from kvbm.errors import PoolClosed
-from kvbm.jobs.messages import CopyJob, Job, JobResult, Outcome, num_blocks_of
+from kvbm.jobs.messages import CopyJob, Job, JobResult, Outcome, answer_all
 
 _log = logging.getLogger("kvbm.jobs")
 _BACKGROUND_NICENESS = 10
@@ -151,8 +149,7 @@ class LocalChannel:
     def _answer_late(self, jobs: list[Job], reason: str) -> None:
         assert self._receive is not None, "a channel is opened before it is used"
         for job in jobs:
-            outcomes = np.full(num_blocks_of(job), Outcome.LATE, dtype=np.uint8)
-            self._receive(JobResult(job_id=job.job_id, outcomes=outcomes, reason=reason))
+            self._receive(answer_all(job, Outcome.LATE, reason))
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Run what was sent and end the threads; return whether they ended in time."""
@@ -176,8 +173,7 @@ class LocalChannel:
             _log.exception("job failed job_id=%d kind=%s", job.job_id, type(job).__name__)
             is_defect = isinstance(error, Exception)
             outcome = Outcome.FAILED if is_defect else Outcome.LATE  # after ctrl-C the source may be as good as ever
-            outcomes = np.full(num_blocks_of(job), outcome, dtype=np.uint8)
-            self._receive(JobResult(job_id=job.job_id, outcomes=outcomes, reason=repr(error)))
+            self._receive(answer_all(job, outcome, repr(error)))
             if not is_defect:
                 raise
         else:

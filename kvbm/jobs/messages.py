@@ -136,6 +136,12 @@ def num_blocks_of(job: Job) -> int:
     return 0 if isinstance(job, InventoryJob) else len(job.hashes)
 
 
+def answer_all(job: Job, outcome: Outcome, reason: str) -> JobResult:
+    """Make the result of a job whose blocks all fared alike."""
+    outcomes = np.full(num_blocks_of(job), outcome, dtype=np.uint8)
+    return JobResult(job_id=job.job_id, outcomes=outcomes, reason=reason)
+
+
 def encode(message: Job | JobResult) -> bytes:
     """Turn a job or a result into bytes."""
     try:

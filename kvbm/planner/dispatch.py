@@ -15,11 +15,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from kvbm.errors import PluginError
 from kvbm.jobs import Job, JobChannel, JobResult, Outcome
-from kvbm.jobs.messages import num_blocks_of
+from kvbm.jobs.messages import answer_all
 from kvbm.planner.ledger import After, Ledger, OpenJob
 
 _log = logging.getLogger("kvbm.planner")
@@ -89,7 +87,7 @@ class Dispatcher:
                 try:
                     self._channels[rank].send(job)
                 except Exception as error:  # it was not taken: its sources are as good as ever
-                    self._receive(rank, _unmoved(job, Outcome.LATE, str(error)))
+                    self._receive(rank, answer_all(job, Outcome.LATE, str(error)))
         except BaseException:  # ctrl-C
             self.give_up(unsent)
             raise
@@ -98,7 +96,7 @@ class Dispatcher:
         """Answer what was opened and will not be sent."""
         while unsent:
             rank, job = unsent.popleft()
-            self._receive(rank, _unmoved(job, Outcome.LATE, "its sender was interrupted"))
+            self._receive(rank, answer_all(job, Outcome.LATE, "its sender was interrupted"))
 
     def revoke(self, jobs: Iterable[Job]) -> None:
         """Take jobs back whose time is over and that no executor has begun, without the lock."""
@@ -157,8 +155,3 @@ class Dispatcher:
         finally:
             self._own.is_answering = was_answering
         self._settled()
-
-
-def _unmoved(job: Job, outcome: Outcome, reason: str) -> JobResult:
-    outcomes = np.full(num_blocks_of(job), outcome, dtype=np.uint8)
-    return JobResult(job_id=job.job_id, outcomes=outcomes, reason=reason)

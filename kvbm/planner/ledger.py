@@ -62,6 +62,15 @@ class OpenJob:
         return ", ".join(self.reasons)
 
     @property
+    def losses(self) -> list[tuple[str, int]]:
+        """Blocks that did not arrive, by outcome in lower case."""
+        if self.is_whole:
+            return []
+        lost = (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT)
+        counts = ((outcome.name.lower(), int((self.outcomes == outcome).sum())) for outcome in lost)
+        return [(outcome, num_blocks) for outcome, num_blocks in counts if num_blocks]
+
+    @property
     def label(self) -> str:
         """The worst outcome among the blocks, in lower case."""
         worst = Outcome.OK if self.is_whole else Outcome(int(self.outcomes.max()))

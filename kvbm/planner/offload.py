@@ -21,9 +21,10 @@ from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
 from kvbm.planner.policies import Candidates, OffloadPolicy
+from kvbm.planner.priorities import carry_priorities
 from kvbm.planner.queue import Batch, OffloadQueue, keys_of
 from kvbm.pool import BlockPool
-from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, OutboxKind, Tier
+from kvbm.types import HashArray, IdArray, OutboxKind, Tier
 
 _log = logging.getLogger("kvbm.planner")
 
@@ -289,8 +290,8 @@ class OffloadRoute:
             ok &= wanted
         arrived, hashes, parents, priorities = load.target, load.hashes, load.parents, load.priorities
         if not ok.all():
-            for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
-                self._drop(outcome.name.lower(), int((entry.outcomes == outcome).sum()))
+            for outcome, num_blocks in entry.losses:
+                self._drop(outcome, num_blocks)
             arrived, lost = load.target.partition(ok)
             lost.release()
             hashes, parents, priorities = hashes[ok], parents[ok], priorities[ok]
@@ -298,7 +299,7 @@ class OffloadRoute:
         if num_arrived:
             stored = self.destination.register_blocks(arrived.complete(hashes, parents=parents))
             self._moved(self.key, stored.block_ids, hashes, parents)
-            self._carry_priorities(hashes, priorities)
+            carry_priorities(self.destination, hashes, priorities)
             stored.release()
             self.destination.touch_blocks(load.before)
             self.counters.blocks += num_arrived
@@ -321,13 +322,6 @@ class OffloadRoute:
                 *(tier.value for tier in self.key), len(ok), num_arrived, entry.reason,
             )  # fmt: skip
         return ()
-
-    def _carry_priorities(self, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
-        is_special = priorities != DEFAULT_PRIORITY
-        if not np.count_nonzero(is_special):
-            return
-        for priority in np.unique(priorities[is_special]).tolist():
-            self.destination.set_priority(hashes[priorities == priority], priority)
 
     # -- looking -----------------------------------------------------------------------------------------------
 

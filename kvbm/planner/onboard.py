@@ -22,8 +22,10 @@ from kvbm.planner.hit import HitPart
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.onboarding import Onboarding
+from kvbm.planner.priorities import carry_priorities
+from kvbm.planner.queue import keys_of
 from kvbm.pool import BlockPool
-from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray, Places, Tier
+from kvbm.types import HashArray, IdArray, Places, Tier
 
 _log = logging.getLogger("kvbm.planner")
 
@@ -139,11 +141,11 @@ class Onboarder:
         if not self._loads:
             return _Plan(part, names, np.arange(len(names)), {})
         for job_id, load in self._unlisted.items():
-            self._loading.update((key, (job_id, i)) for i, key in enumerate(_keys(load.hashes)))
+            self._loading.update((key, (job_id, i)) for i, key in enumerate(keys_of(load.hashes)))
         self._unlisted.clear()
         joins: dict[int, list[tuple[int, int]]] = {}
         indices = []
-        for i, (key, place) in enumerate(zip(_keys(names), part.places.tolist(), strict=True)):
+        for i, (key, place) in enumerate(zip(keys_of(names), part.places.tolist(), strict=True)):
             loading = self._loading.get(key)
             if loading is None or not self._is_in_time(loading[0], onboarding):
                 indices.append(i)
@@ -197,7 +199,7 @@ class Onboarder:
         """Register what arrived, hand it to those who wait, discard copies that are bad."""
         load = self._loads.pop(entry.job.job_id)
         if self._unlisted.pop(entry.job.job_id, None) is None:
-            for key in _keys(load.hashes):
+            for key in keys_of(load.hashes):
                 self._loading.pop(key, None)  # a hit may name a block twice
         ok = entry.ok
         num_good = int(np.count_nonzero(ok))
@@ -221,10 +223,7 @@ class Onboarder:
             self._discard(load, entry)
         stored = self._top.register_blocks(arrived.complete(hashes, parents=parents))
         self._moved((load.pool.tier, self._top.tier), stored.block_ids, hashes, parents)
-        is_special = priorities != DEFAULT_PRIORITY
-        if np.count_nonzero(is_special):
-            for priority in np.unique(priorities[is_special]).tolist():
-                self._top.set_priority(hashes[priorities == priority], priority)
+        carry_priorities(self._top, hashes, priorities)
         if load.joined:
             self._share(load, ok, stored)
         load.owner.add(places, stored)
@@ -297,11 +296,5 @@ class Onboarder:
         counters.blocks += num_good
         counters.nbytes += entry.nbytes
         counters.observe(entry.label, entry.seconds)
-        if num_good < len(load.ids):
-            for outcome in (Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT):
-                if num_blocks := int((entry.outcomes == outcome).sum()):
-                    counters.dropped[outcome.name.lower()] += num_blocks
-
-
-def _keys(hashes: HashArray) -> list[bytes]:
-    return hashes.view("V16").ravel().tolist()  # type: ignore[no-any-return]
+        for outcome, num_blocks in entry.losses:
+            counters.dropped[outcome] += num_blocks

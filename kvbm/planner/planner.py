@@ -24,7 +24,7 @@ from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import PlannerStatistics
 from kvbm.planner.dispatch import Dispatcher, Settle, Unsent
 from kvbm.planner.flush import Flusher
-from kvbm.planner.hit import Hit, find_hit, find_sources
+from kvbm.planner.hit import Hit, find_hit, find_sources, first_true
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
@@ -91,7 +91,6 @@ class Planner:
         )
         self._statistics = PlannerStatistics()
         self._counting = threading.Lock()  # guards hits and misses, so that a look-up never waits for a pump
-        self._lost: dict[int, str] = {}  # rank -> why
         self._logs: tuple[MigrationLog, ...] = ()
         self._wake: Callable[[], None] | None = None
         self._is_closed = self._are_pools_closed = False
@@ -149,8 +148,7 @@ class Planner:
     def lookup(self, hashes: HashArray) -> int:
         """Count the leading blocks that lie in any tier; holds nothing and changes no recency."""
         where, _ = find_sources(self._usable_pools(), hash_array(hashes))
-        is_absent = where < 0
-        return int(is_absent.argmax()) if is_absent.any() else len(where)
+        return first_true(where < 0)
 
     def onboard(self, hit: Hit, timeout_s: float | None = None) -> Transfer[ImmutableBlocks]:
         """Bring the blocks of a hit into the top tier; see `BlockManager.onboard`."""
@@ -239,7 +237,7 @@ class Planner:
                 with self._locked():
                     if self._is_closed:
                         return num_jobs
-                    if self._lost:
+                    if self._statistics.lost_executors:
                         route.drop_queue("executor_lost")
                     job = route.emit()
                     if job is None:
@@ -337,7 +335,7 @@ class Planner:
     # -- private -----------------------------------------------------------------------------------------------
 
     def _usable_pools(self) -> Sequence[BlockPool]:
-        return self.pools[:1] if self._lost else self.pools
+        return self.pools[:1] if self._statistics.lost_executors else self.pools
 
     def _need_open(self) -> None:
         if self._is_closed:
@@ -358,7 +356,6 @@ class Planner:
         if not self._is_closed:
             _log.error("executor lost rank=%d reason=%s", rank, reason)
             self._statistics.lost_executors += 1
-            self._lost[rank] = reason
 
     def _settling(self, entry: OpenJob) -> None:
         job = entry.job

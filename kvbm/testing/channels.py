@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from kvbm.errors import PoolClosed
 from kvbm.jobs import Job, JobResult, Outcome
 from kvbm.jobs.channel import Execute, Receive
-from kvbm.jobs.messages import num_blocks_of
+from kvbm.jobs.messages import answer_all
 
 
 class SteppedClock:
@@ -72,9 +70,7 @@ class SteppedChannel:
 
     def answer(self, index: int, outcome: Outcome, reason: str = "as told") -> JobResult:
         """Answer a waiting job for all its blocks without executing it."""
-        job = self.waiting.pop(index)
-        outcomes = np.full(num_blocks_of(job), outcome, dtype=np.uint8)
-        return self._answer(JobResult(job_id=job.job_id, outcomes=outcomes, reason=reason))
+        return self._answer(answer_all(self.waiting.pop(index), outcome, reason))
 
     def revoke(self, job_id: int) -> bool:
         """Nothing: what is sent here counts as begun, so that its bytes may come late."""
