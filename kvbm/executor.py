@@ -155,7 +155,7 @@ class Executor:
 
     def _copy_up(self, job: CopyJob, deadline: float | None) -> tuple[Outcomes, str]:
         """Read chunks into the ring, one ahead; copy each from there, or write it where there are no addresses."""
-        staging, source = self._ring(), self._storage(job.source)
+        staging = self._ring()
         num_blocks = len(job.hashes)
         outcomes = np.full(num_blocks, Outcome.LATE, dtype=np.uint8)
         reasons = _Reasons("its time was over")
@@ -170,7 +170,7 @@ class Executor:
                     part = slice(start, start + len(slots))
                     start = part.stop
                     try:
-                        reading.append((part, slots, source.submit_read(job.source_ids[part], staging.memory, slots)))
+                        reading.append((part, slots, self._read(job, part, slots)))
                     except Exception as error:  # no byte has moved
                         staging.give(slots)
                         outcomes[part] = Outcome.FAILED
@@ -191,6 +191,10 @@ class Executor:
             finally:
                 staging.give(slots)
         return outcomes, reasons.text(outcomes)
+
+    def _read(self, job: CopyJob, part: slice, slots: IdArray) -> Transfer[npt.NDArray[np.bool_]]:
+        source = self._storage(job.source)
+        return source.submit_read(job.source_ids[part], self._ring().memory, slots, hashes=job.hashes[part])
 
     def _wait(self, transfer: Transfer[npt.NDArray[np.bool_]], deadline: float | None) -> bool:
         return transfer.wait(None if deadline is None else max(0.0, deadline - self._clock()))
@@ -218,9 +222,11 @@ class Executor:
             good = ~np.bool_(self._verifies) | (checksums == staging.storage.checksums[slots[places]])
             outcomes[places[~good]] = Outcome.CORRUPT
             places = places[good]
-            is_written = destination.submit_write(to_ids[places], staging.memory, slots[places]).result()
-            outcomes[places[is_written]] = Outcome.OK
-            self._record(job, places[is_written] + part.start, checksums[good][is_written])
+            outcomes[places], reason = self._write(
+                job, staging.memory, slots[places], places + part.start, checksums[good] if self._verifies else None
+            )
+            if reason:
+                return outcomes, reason
         if (outcomes == Outcome.CORRUPT).any():
             return outcomes, "checksum mismatch"
         return outcomes, "" if is_whole.all() else "read error" if not is_read.all() else "nothing was kept there"
@@ -265,7 +271,9 @@ class Executor:
     ) -> tuple[Outcomes, str]:
         """Write rows of memory to the destination and wait until no byte moves; `places` are theirs in the job."""
         destination = self._storage(job.destination)
-        is_written = destination.submit_write(job.destination_ids[places], memory, rows).result()
+        is_written = destination.submit_write(
+            job.destination_ids[places], memory, rows, hashes=job.hashes[places], checksums=checksums
+        ).result()
         self._record(job, places[is_written], None if checksums is None else checksums[is_written])
         outcomes = np.where(is_written, Outcome.OK, Outcome.FAILED).astype(np.uint8)
         return outcomes, "" if is_written.all() else "write error"

@@ -33,6 +33,7 @@ class StorageCapabilities:
     is_addressable: bool = False  # its bytes have addresses: `bound` is there
     is_device: bool = False  # it is, or stands in for, GPU memory
     is_persistent: bool = False  # it outlives the process
+    is_keyed: bool = False  # it finds bytes by sequence hash; a block id is only a row of what is known of it
 
 
 class Storage(ABC):
@@ -79,7 +80,7 @@ class Storage(ABC):
         """Copy blocks in: (num_blocks, block_nbytes) uint8, host; all ids are checked before a byte moves."""
 
     def submit_read(
-        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray
+        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray, *, hashes: HashArray | None = None
     ) -> Transfer[npt.NDArray[np.bool_]]:
         """Begin to copy blocks out, into rows of the caller's memory.
 
@@ -91,6 +92,8 @@ class Storage(ABC):
             ``memory[rows[i], :block_nbytes]``; what follows in that row may be overwritten, other rows are not touched.
         rows : (num_blocks,) int32
             All different.
+        hashes : (num_blocks, 2) uint64, optional
+            Sequence hashes of the blocks; a keyed storage needs them, and brings `checksums` with the bytes.
 
         Returns
         -------
@@ -121,7 +124,13 @@ class Storage(ABC):
         return Transfer.completed(_move_each(len(ids), move))
 
     def submit_write(
-        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray
+        self,
+        block_ids: IdArray,
+        memory: npt.NDArray[np.uint8],
+        rows: IdArray,
+        *,
+        hashes: HashArray | None = None,
+        checksums: npt.NDArray[np.uint64] | None = None,
     ) -> Transfer[npt.NDArray[np.bool_]]:
         """Begin to copy blocks in, from rows of the caller's memory.
 
@@ -132,6 +141,8 @@ class Storage(ABC):
         memory : (num_rows, row_nbytes) uint8, host
             As in `submit_read`, may be read-only; its rows must not change before the transfer has landed.
         rows : (num_blocks,) int32
+        hashes, checksums : (num_blocks, 2) uint64 and (num_blocks,) uint64, optional
+            A keyed storage needs the hashes, and keeps both beside the bytes.
 
         Returns
         -------
@@ -189,7 +200,10 @@ class Storage(ABC):
         return np.array(self.has_checksum[block_ids])
 
     def forget(self, block_ids: IdArray, hashes: HashArray) -> None:  # noqa: B027  (memory forgets by itself)
-        """Make sure that no restart finds these blocks, where the slots still hold these hashes."""
+        """Make sure that no restart finds these blocks, in these slots or in any other."""
+
+    def clear(self) -> None:  # noqa: B027
+        """Make sure that no restart finds any block that was written before."""
 
     def touch(  # noqa: B027  (memory has no record of recency)
         self, block_ids: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]

@@ -98,13 +98,19 @@ class FaultyStorage(Storage):
             transfer.set_result(np.zeros(num_blocks, dtype=np.bool_))
         return len(unanswered)
 
-    def submit_read(self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray) -> MaskTransfer:
+    def submit_read(
+        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray, *, hashes: HashArray | None = None
+    ) -> MaskTransfer:
         """Begin to copy blocks out; see `Storage.submit_read`."""
         ids, places = self._begin_submit(block_ids, memory, rows, is_read=True)
         injection = self.faults.choose(len(ids), is_read=True)
         nbytes = self.layout.block_nbytes
+
+        def submit() -> MaskTransfer:
+            return self.storage.submit_read(ids, memory, places.astype(np.int32), hashes=hashes)
+
         if injection is None:
-            return self.storage.submit_read(ids, memory, places.astype(np.int32))
+            return submit()
         kept = memory[places[injection.places], :nbytes].copy()  # what a torn read leaves in its tail
 
         def spoil(good: npt.NDArray[np.bool_]) -> None:
@@ -114,11 +120,17 @@ class FaultyStorage(Storage):
             if injection.mode is FaultMode.FAIL:
                 good[injection.places] = False
 
-        return self._answer(
-            injection, len(ids), lambda: self.storage.submit_read(ids, memory, places.astype(np.int32)), spoil
-        )
+        return self._answer(injection, len(ids), submit, spoil)
 
-    def submit_write(self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray) -> MaskTransfer:
+    def submit_write(
+        self,
+        block_ids: IdArray,
+        memory: npt.NDArray[np.uint8],
+        rows: IdArray,
+        *,
+        hashes: HashArray | None = None,
+        checksums: npt.NDArray[np.uint64] | None = None,
+    ) -> MaskTransfer:
         """Begin to copy blocks in; see `Storage.submit_write`."""
         ids, places = self._begin_submit(block_ids, memory, rows, is_read=False)
         injection = self.faults.choose(len(ids), is_read=False)
@@ -126,14 +138,18 @@ class FaultyStorage(Storage):
             source, source_rows = memory, places.astype(np.int32)
         else:
             source, source_rows = self._spoiled_copy(injection, ids, memory, places)
+
+        def submit() -> MaskTransfer:
+            return self.storage.submit_write(ids, source, source_rows, hashes=hashes, checksums=checksums)
+
         if injection is None:
-            return self.storage.submit_write(ids, source, source_rows)
+            return submit()
 
         def spoil(good: npt.NDArray[np.bool_]) -> None:
             if injection.mode is FaultMode.FAIL:
                 good[injection.places] = False
 
-        return self._answer(injection, len(ids), lambda: self.storage.submit_write(ids, source, source_rows), spoil)
+        return self._answer(injection, len(ids), submit, spoil)
 
     def read(self, block_ids: IdArray) -> npt.NDArray[np.uint8]:
         """Copy blocks out: (num_blocks, block_nbytes) uint8, host; raises `StorageError` when a block failed."""
@@ -167,6 +183,10 @@ class FaultyStorage(Storage):
     def forget(self, block_ids: IdArray, hashes: HashArray) -> None:
         """Make the wrapped storage forget these blocks."""
         self.storage.forget(block_ids, hashes)
+
+    def clear(self) -> None:
+        """Forget every block of the wrapped storage."""
+        self.storage.clear()
 
     def touch(self, block_ids: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
         """Note in the wrapped storage that blocks were used."""

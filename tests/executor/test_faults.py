@@ -216,11 +216,11 @@ def test_read_that_is_refused_midway_costs_its_chunk_and_keeps_no_slot(site: Any
     disk, calls = site["disk"], []
     submit = disk.submit_read
 
-    def refuse_second(*arguments: Any) -> Any:
+    def refuse_second(*arguments: Any, **names: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise MemoryError("no room for another batch")
-        return submit(*arguments)
+        return submit(*arguments, **names)
 
     disk.submit_read = refuse_second
     result = site.run("disk-device", range(6), range(6))
@@ -234,11 +234,11 @@ def test_write_that_is_refused_midway_costs_its_chunk_and_keeps_no_slot(site: An
     disk, calls = site["disk"], []
     submit = disk.submit_write
 
-    def refuse_first(*arguments: Any) -> Any:
+    def refuse_first(*arguments: Any, **names: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 1:
             raise MemoryError("no room for another batch")
-        return submit(*arguments)
+        return submit(*arguments, **names)
 
     disk.submit_write = refuse_first
     result = site.run("device-disk", range(6), range(6))

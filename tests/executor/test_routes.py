@@ -201,9 +201,9 @@ def test_job_whose_time_ends_on_the_way_begins_no_further_block(make_site: MakeS
     name = "submit_read" if first == "disk" else "submit_write"
     submit = getattr(disk, name)
 
-    def submit_and_be_slow(ids: Any, memory: Any, rows: Any) -> Any:
+    def submit_and_be_slow(ids: Any, memory: Any, rows: Any, **names: Any) -> Any:
         begun.extend(ids.tolist())
-        transfer = submit(ids, memory, rows)
+        transfer = submit(ids, memory, rows, **names)
         assert transfer.wait(60)
         if len(begun) >= 4:
             now[0] = 5.0

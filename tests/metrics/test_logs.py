@@ -141,7 +141,7 @@ def test_error_of_the_executor_is_logged(
 ) -> None:
     manager = over_faulty_host(make_manager, FaultPlan())
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(5, "no such luck = none")
 
     monkeypatch.setattr(manager.storage("host"), "submit_write", refuse)

@@ -70,7 +70,7 @@ def test_storage_that_raises_is_an_answer(make_tiers: Site, monkeypatch: pytest.
     if verb == "submit_read":
         tiers.put_below(hashes, "disk")
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise Broken("the medium burns")
 
     with monkeypatch.context() as patch:

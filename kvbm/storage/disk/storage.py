@@ -21,7 +21,7 @@ from kvbm.storage.base import Storage
 from kvbm.storage.disk.engine import DiskCounters, DiskEngine
 from kvbm.storage.disk.files import DIRECT_NBYTES, LOCK_NAME, DiskFiles, OsCalls, aligned_empty
 from kvbm.storage.disk.mover import Batch
-from kvbm.types import IdArray
+from kvbm.types import HashArray, IdArray
 
 
 class DiskStorage(Storage):
@@ -136,7 +136,7 @@ class DiskStorage(Storage):
         return self._engine.counters
 
     def submit_read(
-        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray
+        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray, *, hashes: HashArray | None = None
     ) -> Transfer[npt.NDArray[np.bool_]]:
         """Begin to copy blocks out; see `Storage.submit_read`.
 
@@ -148,7 +148,13 @@ class DiskStorage(Storage):
         return self._engine.submit(True, ids, memory, places).transfer
 
     def submit_write(
-        self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray
+        self,
+        block_ids: IdArray,
+        memory: npt.NDArray[np.uint8],
+        rows: IdArray,
+        *,
+        hashes: HashArray | None = None,
+        checksums: npt.NDArray[np.uint64] | None = None,
     ) -> Transfer[npt.NDArray[np.bool_]]:
         """Begin to copy blocks in; see `Storage.submit_write`.
 
