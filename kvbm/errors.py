@@ -55,6 +55,10 @@ class StorageError(KvbmError, OSError):
     """A storage could not read or write."""
 
 
+class SlabFormatError(KvbmError, ValueError):
+    """The index of a disk slab is damaged, foreign, or of another version."""
+
+
 class TransferError(KvbmError, RuntimeError):
     """A transfer failed; the cause is chained."""
 

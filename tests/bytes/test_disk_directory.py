@@ -36,7 +36,7 @@ def ids(*values: int) -> npt.NDArray[np.int32]:
 def test_directory_and_files_are_the_owners_alone(directory: Path) -> None:
     with DiskStorage(SMALL, directory) as storage:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-        assert {path.name for path in directory.iterdir()} == {"blocks.kvbm", "kvbm.lock"}
+        assert {path.name for path in directory.iterdir()} == {"rank0.blocks", "rank0.index", "rank0.lock"}
         assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
         assert storage.path.stat().st_size == 8 * 4096
         assert storage.is_sparse or storage.path.stat().st_blocks * 512 >= 8 * 4096
@@ -45,7 +45,7 @@ def test_directory_and_files_are_the_owners_alone(directory: Path) -> None:
 def test_existing_file_of_any_size_is_taken_over_and_made_private(directory: Path) -> None:
     directory.mkdir()
     for size in (0, 5, 8 * 4096, 100_000):
-        path = directory / "blocks.kvbm"
+        path = directory / "rank0.blocks"
         path.write_bytes(b"x" * size)
         path.chmod(0o644)
         with DiskStorage(SMALL, directory) as storage:
@@ -68,7 +68,7 @@ def test_second_storage_on_a_directory_is_refused_and_named(directory: Path) -> 
         with pytest.raises(
             StorageError, match=f"in use by another storage of process {os.getpid()} .this one."
         ) as info:
-            DiskStorage(EVEN, directory, file_name="other")
+            DiskStorage(EVEN, directory, lock_timeout_s=0)
         assert (info.value.errno, info.value.filename) == (errno.EBUSY, str(directory))
         assert not (directory / "other").exists()
     with DiskStorage(SMALL, directory):
@@ -89,27 +89,27 @@ def test_second_process_on_a_directory_is_refused_until_the_first_is_dead(direct
             assert child.stdout is not None
             assert child.stdout.readline() == "open\n"
             with pytest.raises(StorageError, match=f"another storage of process {child.pid}: give each"):
-                DiskStorage(SMALL, directory)
+                DiskStorage(SMALL, directory, lock_timeout_s=0)
         finally:
             child.kill()
-    DiskStorage(SMALL, directory).close()
+    DiskStorage(SMALL, directory, on_mismatch="replace").close()
 
 
 def test_lock_file_that_was_replaced_is_taken_anew(directory: Path) -> None:
     class Replaced(OsCalls):
         num_locks = 0
 
-        def flock(self, fd: int) -> None:
-            super().flock(fd)
+        def lock(self, fd: int) -> None:
+            super().lock(fd)
             self.num_locks += 1
             if self.num_locks == 1:
-                (directory / "kvbm.lock").unlink()
+                (directory / "rank0.lock").unlink()
 
     calls = Replaced()
     with DiskStorage(SMALL, directory, os_calls=calls):
         assert calls.num_locks == 2
         with pytest.raises(StorageError, match="in use"):
-            DiskStorage(SMALL, directory)
+            DiskStorage(SMALL, directory, lock_timeout_s=0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -127,7 +127,7 @@ def test_forked_child_is_refused_and_gives_nothing_free(directory: Path) -> None
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         with pytest.raises(StorageError, match="in use"):
-            DiskStorage(SMALL, directory)
+            DiskStorage(SMALL, directory, lock_timeout_s=0)
         storage.read(ids(0))
 
 
@@ -154,7 +154,7 @@ def test_symbolic_link_to_a_directory_is_not_followed(tmp_path: Path, slash: str
     assert not list((tmp_path / "real").iterdir())
 
 
-@pytest.mark.parametrize("name", ["blocks.kvbm", "kvbm.lock"])
+@pytest.mark.parametrize("name", ["rank0.blocks", "rank0.index", "rank0.lock"])
 def test_symbolic_link_as_file_is_not_followed(tmp_path: Path, directory: Path, name: str) -> None:
     directory.mkdir()
     (tmp_path / "precious").write_text("mine")
@@ -167,11 +167,11 @@ def test_symbolic_link_as_file_is_not_followed(tmp_path: Path, directory: Path, 
 
 def test_something_else_in_place_of_the_file_is_refused(directory: Path) -> None:
     directory.mkdir()
-    os.mkfifo(directory / "blocks.kvbm")
+    os.mkfifo(directory / "rank0.blocks")
     with pytest.raises(StorageError, match="this is no regular file"):
         DiskStorage(SMALL, directory)
-    (directory / "blocks.kvbm").unlink()
-    (directory / "blocks.kvbm").mkdir()
+    (directory / "rank0.blocks").unlink()
+    (directory / "rank0.blocks").mkdir()
     with pytest.raises(StorageError, match="is a directory"):
         DiskStorage(SMALL, directory)
 
@@ -210,7 +210,7 @@ def test_directory_that_others_can_write_is_warned_of(directory: Path, caplog: p
 @pytest.mark.parametrize(
     "wrong",
     [{"num_threads": 0}, {"max_queued_nbytes": 0}]
-    + [{"file_name": name} for name in ("", ".", "..", "a/b", "/a", "kvbm.lock", "a\0b")],
+    + [{"name": name} for name in ("", ".", "..", "a/b", "/a", "a\0b")],
 )
 def test_impossible_settings_are_refused_and_nothing_is_made(directory: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -227,4 +227,4 @@ def test_impossible_directory_is_refused(path: str) -> None:
 def test_relative_directory_is_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with DiskStorage(SMALL, "disk") as storage:
-        assert storage.path == tmp_path / "disk" / "blocks.kvbm"
+        assert storage.path == tmp_path / "disk" / "rank0.blocks"

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.errors import PoolClosed, StorageError, TransferTimeout
-from kvbm.storage.disk.files import DiskFiles, OsCalls
+from kvbm.storage.disk.calls import OsCalls
 from kvbm.storage.disk.mover import Batch, BlockMover, Piece
+from kvbm.storage.disk.slab import Slab
 from kvbm.types import IdArray
 
 _log = logging.getLogger("kvbm.storage.disk")
@@ -60,7 +61,7 @@ class DiskEngine:
 
     Parameters
     ----------
-    files : DiskFiles
+    files : Slab
         Closed by the engine when its last thread leaves.
     block_nbytes, slot_nbytes : int
     num_threads : int
@@ -72,7 +73,7 @@ class DiskEngine:
 
     def __init__(
         self,
-        files: DiskFiles,
+        files: Slab,
         *,
         block_nbytes: int,
         slot_nbytes: int,

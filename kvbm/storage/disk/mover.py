@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.jobs import Transfer
-from kvbm.storage.disk.files import DIRECT_NBYTES, DiskFiles, OsCalls, aligned_empty
+from kvbm.storage.disk.calls import DIRECT_NBYTES, OsCalls, aligned_empty
+from kvbm.storage.disk.slab import Slab
 from kvbm.types import IdArray
 
 _PIECE_NBYTES = 4 << 20  # one call moves at most this, so that threads share a large batch
@@ -64,12 +65,12 @@ class BlockMover:
 
     Parameters
     ----------
-    files : DiskFiles
+    files : Slab
     block_nbytes, slot_nbytes : int
     os_calls : OsCalls
     """
 
-    def __init__(self, files: DiskFiles, *, block_nbytes: int, slot_nbytes: int, os_calls: OsCalls) -> None:
+    def __init__(self, files: Slab, *, block_nbytes: int, slot_nbytes: int, os_calls: OsCalls) -> None:
         self._files = files
         self._is_direct = files.io_mode == "direct"
         self._block_nbytes = block_nbytes

@@ -1,54 +1,69 @@
-"""DiskStorage: blocks in one preallocated file, moved by threads of its own.
+"""DiskStorage: blocks in one preallocated file, and an index by which a restart finds them.
 
-This form forgets at opening what the file held: it makes room, it does not restore. Bytes are in the file when a write
-has ended, on the medium when the operating system puts them there.
+Bytes and records are with the kernel when a write has ended, on the medium within `sync_interval_s`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import time
 import weakref
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.errors import ConfigError, StorageError, wrong_num_threads
+from kvbm.errors import ConfigError, StorageError, TransferTimeout, wrong_num_threads
 from kvbm.jobs import Transfer
 from kvbm.layout import BlockLayout
-from kvbm.storage.base import Storage
+from kvbm.storage.base import Storage, StorageCapabilities
+from kvbm.storage.disk.calls import DIRECT_NBYTES, OsCalls, aligned_empty
 from kvbm.storage.disk.engine import DiskCounters, DiskEngine
-from kvbm.storage.disk.files import DIRECT_NBYTES, LOCK_NAME, DiskFiles, OsCalls, aligned_empty
+from kvbm.storage.disk.format import MAX_FINGERPRINT_NBYTES, Header
 from kvbm.storage.disk.mover import Batch
-from kvbm.types import HashArray, IdArray
+from kvbm.storage.disk.slab import Slab
+from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray
+
+ON_MISMATCH = ("refuse", "replace")
 
 
 class DiskStorage(Storage):
-    """Blocks in a file.
+    """Blocks in a slab: a data file of fixed slots and an index file, in a directory.
 
     Parameters
     ----------
     layout : BlockLayout
         A block takes its bytes, rounded up to 4096, in logical order.
     directory : path
-        Where the file lies; made, for the owner only, where its parent exists. One storage at a time holds it.
+        Where the files lie; made, for the owner only, where its parent exists.
+    name : str
+        Of the slab, without a folder: several ranks keep theirs in one directory. One storage at a time holds it.
+    fingerprint : str
+        What the blocks are of; a slab with another one is not continued. At most 2048 bytes.
+    on_mismatch : str
+        What to do with a slab of another fingerprint, block size or version: "refuse" it, or "replace" it, which
+        forgets what it holds.
     num_threads : int
         Threads that read and write.
     use_direct_io : bool
         Go around the page cache where an aligned probe shows that this works; see `io_mode`.
-    file_name : str
-        Without a folder.
     max_queued_nbytes : int
         Bytes of reads, and as many of writes, that may be under way before a submitter waits.
+    sync_interval_s : float
+        Seconds after which what was written is on the medium: a power cut loses at most that.
+    lock_timeout_s : float
+        Seconds to wait for another owner to be gone.
     os_calls : OsCalls, optional
         The operating system; tests give another.
 
     Raises
     ------
     StorageError
-        With errno and path: the directory is in use, cannot be made or written, is a symbolic link, or has no room
-        for all blocks. Nothing is left behind.
+        With errno and path: the slab is in use, cannot be made or written, is a symbolic link, or has no room for all
+        blocks. Nothing is left behind.
+    SlabFormatError
+        The slab is of another fingerprint, block size or version; both are named.
     ConfigError
         An impossible setting.
 
@@ -57,8 +72,9 @@ class DiskStorage(Storage):
     Blocks go straight between disk and memory where a row starts on a multiple of 4096 bytes and holds a whole slot;
     otherwise, under direct I/O, through a buffer of the thread. Adjacent blocks move in one call. Reads go before
     writes that wait; two calls that name the same block, one of them a write, must not be under way together. A failed
-    block is False in its mask, counted and logged. The file stays when the storage is closed. A forked child cannot
-    use the storage of its parent.
+    block is False in its mask, counted and logged. The files stay when the storage is closed; `inventory` gives what
+    was found in them. A slab may be opened with more or fewer blocks than it was made with. A forked child cannot use
+    the storage of its parent.
 
     Examples
     --------
@@ -73,34 +89,64 @@ class DiskStorage(Storage):
     array([ True,  True])
     """
 
+    capabilities = StorageCapabilities(is_persistent=True)
+
     def __init__(
         self,
         layout: BlockLayout,
         directory: str | os.PathLike[str],
         *,
+        name: str = "rank0",
+        fingerprint: str = "",
+        on_mismatch: str = "refuse",
         num_threads: int = 4,
         use_direct_io: bool = True,
-        file_name: str = "blocks.kvbm",
         max_queued_nbytes: int = 256 << 20,
+        sync_interval_s: float = 1.0,
+        lock_timeout_s: float = 2.0,
         os_calls: OsCalls | None = None,
     ) -> None:
         if num_threads < 1:
             raise wrong_num_threads(num_threads)
         if max_queued_nbytes < 1:
             raise ConfigError(f"max_queued_nbytes is {max_queued_nbytes}, give 1 or more bytes")
+        if not sync_interval_s > 0:
+            raise ConfigError(f"sync_interval_s is {sync_interval_s}, give more than 0 seconds")
+        if on_mismatch not in ON_MISMATCH:
+            raise ConfigError(f"on_mismatch is {on_mismatch!r}, give one of {', '.join(ON_MISMATCH)}")
         if not os.fspath(directory) or "\0" in os.fspath(directory):
             raise ConfigError(f"directory {os.fspath(directory)!r} is impossible, give the path of a directory")
-        if file_name in ("", ".", "..", LOCK_NAME) or Path(file_name).name != file_name or "\0" in file_name:
-            raise ConfigError(f"file_name {file_name!r} is impossible, give a plain name other than {LOCK_NAME}")
+        if name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+            raise ConfigError(f"slab name {name!r} is impossible, give a plain name such as rank0")
+        if (length := len(fingerprint.encode())) > MAX_FINGERPRINT_NBYTES:
+            raise ConfigError(f"a fingerprint of {length} bytes is too long, give at most {MAX_FINGERPRINT_NBYTES}")
         super().__init__(layout)
         self.slot_nbytes = -(-layout.block_nbytes // DIRECT_NBYTES) * DIRECT_NBYTES
         calls = os_calls or OsCalls()
-        nbytes = layout.num_blocks * self.slot_nbytes
-        self._files = DiskFiles(
-            Path(directory).absolute(), file_name, nbytes, use_direct_io=use_direct_io, os_calls=calls
+        header = Header(
+            num_slots=layout.num_blocks,
+            block_nbytes=layout.block_nbytes,
+            slot_nbytes=self.slot_nbytes,
+            made_at=time.time_ns(),
+            sequence=0,
+            generation=0,
+            fingerprint=fingerprint,
         )
+        self._slab = Slab(
+            Path(directory).absolute(),
+            name,
+            header,
+            use_direct_io=use_direct_io,
+            on_mismatch=on_mismatch,
+            sync_interval_s=sync_interval_s,
+            lock_timeout_s=lock_timeout_s,
+            os_calls=calls,
+        )
+        slots, records = self._slab.index.live()
+        self.checksums[slots] = records["checksum"]
+        self.has_checksum[slots] = True
         self._engine = DiskEngine(
-            self._files,
+            self._slab,
             block_nbytes=layout.block_nbytes,
             slot_nbytes=self.slot_nbytes,
             num_threads=num_threads,
@@ -113,22 +159,22 @@ class DiskStorage(Storage):
     @property
     def path(self) -> Path:
         """The data file."""
-        return self._files.path
+        return self._slab.path
 
     @property
     def io_mode(self) -> str:
         """How the file is read and written: "direct" or "buffered"."""
-        return self._files.io_mode
+        return self._slab.io_mode
 
     @property
     def io_mode_reason(self) -> str:
         """Why it is done that way."""
-        return self._files.io_mode_reason
+        return self._slab.files.io_mode_reason
 
     @property
     def is_sparse(self) -> bool:
         """Whether the file system could not preallocate: a write may then still find the disk full."""
-        return self._files.is_sparse
+        return self._slab.files.is_sparse
 
     @property
     def counters(self) -> DiskCounters:
@@ -163,6 +209,7 @@ class DiskStorage(Storage):
         Returns at once; waits for room while `max_queued_nbytes` are under way. Cancelled before it began, it does not.
         """
         ids, places = self._begin_submit(block_ids, memory, rows, is_read=False)
+        self._slab.index.void(ids)
         return self._engine.submit(False, ids, memory, places).transfer
 
     def read(self, block_ids: IdArray) -> npt.NDArray[np.uint8]:
@@ -191,7 +238,64 @@ class DiskStorage(Storage):
         data = self._checked_data(ids, data)
         self._refuse_to_wait_for_itself()
         self.has_checksum[ids] = False
+        self._slab.index.void(ids)
         self._finish(self._engine.submit(False, ids, data, np.arange(len(ids))), ids)
+
+    # -- books -------------------------------------------------------------------------------------------------
+
+    def record(
+        self,
+        block_ids: IdArray,
+        *,
+        hashes: HashArray,
+        checksums: npt.NDArray[np.uint64] | None,
+        parents: HashArray | None = None,
+        priorities: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Note what slots hold; without checksums a restart could not tell good bytes from bad, and finds nothing."""
+        super().record(block_ids, hashes=hashes, checksums=checksums)
+        if checksums is not None:
+            self._slab.index.put(
+                block_ids,
+                hashes,
+                np.zeros_like(hashes) if parents is None else parents,
+                checksums,
+                np.full(len(hashes), DEFAULT_PRIORITY, dtype=np.uint8) if priorities is None else priorities,
+            )
+        self._slab.note(has_data=True)
+
+    def holds(self, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
+        """Tell which slots hold whole blocks of these hashes, by their records: (num_blocks,) bool."""
+        return self._slab.index.holds(block_ids, hashes)
+
+    def forget(self, block_ids: IdArray, hashes: HashArray) -> None:
+        """Void the records of these hashes, in these slots or others, on the medium when it returns.
+
+        Raises
+        ------
+        OSError
+            The system refused: a restart may find them.
+        """
+        self._slab.index.forget(hashes)
+
+    def clear(self) -> None:
+        """Void every record, on the medium when it returns; raises `OSError` as `forget` does."""
+        self._slab.index.clear()
+
+    def touch(self, block_ids: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
+        """Note that blocks were used, oldest first, and their priorities."""
+        self._slab.index.touch(block_ids, hashes, priorities)
+        self._slab.note(has_data=False)
+
+    def inventory(self) -> tuple[IdArray, HashArray, HashArray, npt.NDArray[np.uint8]]:
+        """Give ids, hashes, parents and priorities of the blocks that the slab holds, used longest ago first."""
+        slots, records = self._slab.index.live()
+        names = (np.ascontiguousarray(records[field]) for field in ("hash", "parent", "priority"))
+        return slots, *names  # type: ignore[return-value]
+
+    def sync(self) -> None:
+        """Bring everything that was written before to the medium; failures are logged and counted."""
+        self._slab.sync()
 
     def close(self, timeout: float | None = None) -> None:
         """Let queued I/O end, stop the threads, and give the directory free; may be called again.
@@ -209,9 +313,12 @@ class DiskStorage(Storage):
         """
         super().close(timeout)
         if os.getpid() != self._pid:  # the threads are the parent's
-            self._files.close()
+            self._slab.files.close()
             return
+        give_up = None if timeout is None else time.monotonic() + timeout
         self._engine.close(timeout)
+        if not self._slab.wait_until_closed(None if give_up is None else max(0.0, give_up - time.monotonic())):
+            raise TransferTimeout(f"the last sync has not ended after {timeout} s ({self.path})")
 
     def _begin(self, block_ids: IdArray) -> IdArray:
         if os.getpid() != self._pid:

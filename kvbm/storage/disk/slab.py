@@ -1,0 +1,169 @@
+"""A slab that is open: its files, its index, and the thread that brings both to the medium.
+
+Engines see the data file through it. Whoever closes it, be it a finaliser, takes no lock: the thread, once there is
+one, syncs for the last time and closes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvbm.storage.disk.calls import OsCalls
+from kvbm.storage.disk.files import SlabFiles
+from kvbm.storage.disk.format import RECORD_NBYTES, RECORDS_AT, Header
+from kvbm.storage.disk.index import SlabIndex
+
+_log = logging.getLogger("kvbm.storage.disk")
+
+
+class Slab:
+    """One slab, held until `close`.
+
+    Parameters
+    ----------
+    directory : Path
+    name : str
+    header : Header
+        What it shall be.
+    use_direct_io : bool
+    on_mismatch : str
+        "refuse" or "replace".
+    sync_interval_s : float
+        A power cut loses at most what was written in this time.
+    lock_timeout_s : float
+    os_calls : OsCalls
+    clock : callable
+        Gives seconds since 1970.
+
+    Raises
+    ------
+    StorageError
+        It is held by another storage, cannot be had, or has no room.
+    SlabFormatError
+        It is of another fingerprint, shape or version.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        header: Header,
+        *,
+        use_direct_io: bool,
+        on_mismatch: str,
+        sync_interval_s: float,
+        lock_timeout_s: float,
+        os_calls: OsCalls,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.files = files = SlabFiles(directory, name, os_calls=os_calls)
+        self._os = os_calls
+        self._sync_interval_s = sync_interval_s
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: something was written; False: close
+        self._is_noted = self._has_data = self._is_closing = False
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self.num_sync_failures = 0
+        nbytes = header.num_slots * header.slot_nbytes
+        with files.opening(lock_timeout_s=lock_timeout_s):
+            self.index = SlabIndex(
+                files.index_fd,
+                header,
+                on_mismatch=on_mismatch,
+                os_calls=os_calls,
+                path=str(files.index_path),
+                clock=clock,
+            )
+            files.allocate(nbytes, RECORDS_AT + header.num_slots * RECORD_NBYTES)
+            if use_direct_io:
+                files.try_direct_io()
+            self.index.begin()
+        _log.info(
+            "disk storage opened path=%s nbytes=%d io_mode=%s reason=%r is_sparse=%s",
+            files.path, nbytes, files.io_mode, files.io_mode_reason, files.is_sparse,
+        )  # fmt: skip
+
+    @property
+    def fd(self) -> int:
+        """Of the data file."""
+        return self.files.fd
+
+    @property
+    def path(self) -> Path:
+        """The data file."""
+        return self.files.path
+
+    @property
+    def io_mode(self) -> str:
+        """How the data file is read and written: "direct" or "buffered"."""
+        return self.files.io_mode
+
+    def note(self, *, has_data: bool) -> None:
+        """Say that something was written, so that it is synced within the interval."""
+        self._has_data |= has_data
+        if self._is_noted:
+            return
+        self._is_noted = True
+        with self._starting:
+            if self._thread is None and not self._is_closing:
+                thread = threading.Thread(target=self._work, name="kvbm-disk-sync", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the next one may go
+                    _log.warning("no thread to sync the disk tier path=%s error=%s", self.path, error)
+                    self._is_noted = False
+                    return
+                self._thread = thread
+        self._wake.put(True)
+
+    def sync(self) -> None:
+        """Bring everything that was written before to the medium."""
+        if self._has_data:
+            self._has_data = False
+            try:
+                self._os.fdatasync(self.files.fd)
+            except OSError as error:
+                self.num_sync_failures += 1
+                _log.log(
+                    logging.DEBUG if self.num_sync_failures > 1 else logging.WARNING,
+                    "disk sync failed path=%s error=%s", self.path, error,
+                )  # fmt: skip
+        self.index.sync()
+
+    def close(self) -> None:
+        """Begin to close; with a thread, that syncs and closes the files, see `wait_until_closed`. Takes no lock."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        if self._thread is None:  # nothing was written
+            self.files.close()
+        else:
+            self._wake.put(False)
+
+    def wait_until_closed(self, timeout_s: float | None = None) -> bool:
+        """Wait until the files are closed and the lock is free, after `close`; return whether they are."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout_s)
+        return not thread.is_alive()
+
+    def _work(self) -> None:
+        is_closing = False
+        while not is_closing:
+            is_closing = not self._wake.get()
+            if not is_closing:
+                with contextlib.suppress(queue.Empty):
+                    is_closing = not self._wake.get(timeout=self._sync_interval_s)
+            self._is_noted = False
+            try:
+                self.sync()
+            except Exception:
+                _log.exception("disk sync failed in an unexpected way path=%s", self.path)
+        self.files.close()
