@@ -19,6 +19,7 @@ from kvbm.executor import Executor
 from kvbm.jobs import LocalChannel
 from kvbm.layout import BlockLayout
 from kvbm.planner import Limits, OffloadPolicy, Planner, PlannerThread
+from kvbm.planner.restore import restore_pools
 from kvbm.plugins import load_plugin
 from kvbm.pool import BlockPool
 from kvbm.storage.base import Storage
@@ -197,6 +198,7 @@ def _join(
         recording_tiers=[tier for tier, storage in storages.items() if storage.capabilities.is_persistent],
         limits=_limits(config),
     )
+    restore_pools(planner.pools[1:], planner.records)
     return Assembly(layouts, storages, pools, executor, planner, PlannerThread(planner) if policies else None)
 
 

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -106,14 +107,25 @@ class Executor:
             outcomes, reason = self._copy(job, deadline)
             num_good = int((outcomes == Outcome.OK).sum())
             nbytes = num_good * self._storage(job.destination).layout.block_nbytes if num_good else 0
+            is_away = not all(self._is_there(tier) for tier in (job.source, job.destination))
             return JobResult(
-                job_id=job.job_id, outcomes=outcomes, nbytes=nbytes, seconds=self._clock() - began, reason=reason
+                job_id=job.job_id,
+                outcomes=outcomes,
+                nbytes=nbytes,
+                seconds=self._clock() - began,
+                reason=reason,
+                is_away=is_away,
             )
         try:
             return self._keep_books(job)
         except Exception as error:
             _log.error("%s failed job_id=%d tier=%s error=%r", type(job).__name__, job.job_id, job.tier.value, error)
-            return answer_all(job, Outcome.FAILED, _text_of(error))
+            answer = answer_all(job, Outcome.FAILED, _text_of(error))
+            return msgspec.structs.replace(answer, is_away=not self._is_there(job.tier))
+
+    def _is_there(self, tier: Tier) -> bool:
+        storage = self._storages.get(tier)
+        return storage is None or storage.is_available
 
     def close(self) -> None:
         """Let go of what the executor made; the caller has seen to it that no job runs."""
@@ -209,7 +221,8 @@ class Executor:
         """Bring blocks that were read from the ring to their destination."""
         staging, source, destination = self._ring(), self._storage(job.source), self._storage(job.destination)
         from_ids, to_ids = job.source_ids[part], job.destination_ids[part]
-        outcomes = np.full(len(slots), Outcome.FAILED, dtype=np.uint8)
+        lost = Outcome.FAILED if source.is_available else Outcome.LATE  # what cannot be reached may be good
+        outcomes = np.full(len(slots), lost, dtype=np.uint8)
         is_whole = is_read & source.has_checksum[from_ids] if self._verifies else is_read
         staging.storage.checksums[slots] = source.checksums[from_ids]
         staging.storage.has_checksum[slots] = source.has_checksum[from_ids]
@@ -309,11 +322,11 @@ class Executor:
             return JobResult(
                 job_id=job.job_id, outcomes=none, ids=ids, hashes=hashes, parents=parents, priorities=priorities
             )
-        is_done = np.ones(len(job.ids), dtype=np.bool_)
+        is_done = np.ones(len(job.hashes), dtype=np.bool_)
         if isinstance(job, ProbeJob):
             is_done = storage.holds(job.ids, job.hashes)
         elif isinstance(job, ForgetJob):
-            storage.forget(job.ids, job.hashes)
+            storage.clear() if job.is_all else storage.forget(job.hashes)
         else:
             storage.touch(job.ids, job.hashes, job.priorities)
         outcomes = np.where(is_done, Outcome.OK, Outcome.FAILED).astype(np.uint8)

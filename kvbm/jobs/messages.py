@@ -65,12 +65,12 @@ class CopyJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ForgetJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="forget"):
-    """Slots of a tier whose bytes count no more, where they still hold these hashes."""
+    """Blocks of a tier that no restart may find, wherever they lie; with `is_all`, every block."""
 
     job_id: int
     tier: Tier
-    ids: npt.NDArray[np.int32]
     hashes: npt.NDArray[np.uint64]
+    is_all: bool = False
 
 
 class TouchedJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="touched"):
@@ -84,7 +84,7 @@ class TouchedJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ProbeJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="probe"):
-    """Ask which slots hold the bytes of these hashes; the result's outcomes say."""
+    """Ask which slots hold the bytes of these hashes, in a keyed tier which keys; the result's outcomes say."""
 
     job_id: int
     tier: Tier
@@ -116,6 +116,8 @@ class JobResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         From the start of the work to its end.
     reason : str
         Why blocks failed; empty when none did.
+    is_away : bool
+        The lower tier cannot be reached for now; what it holds may be good.
     ids, hashes, parents, priorities
         Of an inventory: (num_found,) int32, (num_found, 2) uint64 twice, (num_found,) uint8; oldest first.
     """
@@ -125,6 +127,7 @@ class JobResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     nbytes: int = 0
     seconds: float = 0.0
     reason: str = ""
+    is_away: bool = False
     ids: npt.NDArray[np.int32] | None = None
     hashes: npt.NDArray[np.uint64] | None = None
     parents: npt.NDArray[np.uint64] | None = None
@@ -165,8 +168,8 @@ def decode_job(data: bytes) -> Job:
         lengths = {name: len(getattr(job, name)) for name in job.__struct_fields__ if _is_batch(getattr(job, name))}
         if len(set(lengths.values())) > 1:
             raise MessageError(f"a {type(job).__name__} names different numbers of blocks: {lengths}")
-        for ids in (job.source_ids, job.destination_ids) if isinstance(job, CopyJob) else (job.ids,):
-            _refuse_negative(ids)
+        for name in ("ids", "source_ids", "destination_ids"):
+            _refuse_negative(getattr(job, name, EMPTY_IDS))
     if isinstance(job, CopyJob) and job.timeout_s is not None and math.isnan(job.timeout_s):
         raise MessageError("timeout_s is not a number, need the seconds that remain")
     return job  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from kvbm.errors import TransferError, TransferTimeout
 from kvbm.planner.dispatch import Dispatcher
 from kvbm.planner.offload import OffloadRoute
 from kvbm.pool import BlockPool
+from kvbm.types import HashArray
 
 
 class Flusher:
@@ -100,6 +101,24 @@ class Flusher:
             with self._dispatcher.locked():
                 for route in near:
                     route.pauses -= 1
+
+    def wait_until_landed(self, pool: BlockPool, hashes: HashArray, timeout_s: float | None = None) -> None:
+        """Wait until none of these blocks is on its way down to a pool.
+
+        Raises
+        ------
+        TransferTimeout
+            They move for longer than that.
+        TransferError
+            Called in a callback of a transfer.
+        """
+        self._refuse_in_callbacks("a reset")
+        give_up = None if timeout_s is None else self._clock() + timeout_s
+        for route in self._routes:
+            if route.destination is pool:
+                with self._dispatcher.locked():
+                    while route.carries(hashes):
+                        self._wait(route, give_up, timeout_s)
 
     def _refuse_in_callbacks(self, what: str) -> None:
         if self._dispatcher.is_answering:

@@ -7,8 +7,10 @@ moves is held on both sides until it is settled. Nothing here ever waits. The pl
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,14 @@ from kvbm.planner.lineage import Lineages
 from kvbm.planner.policies import Candidates, OffloadPolicy
 from kvbm.planner.priorities import carry_priorities
 from kvbm.planner.queue import Batch, OffloadQueue, keys_of
+from kvbm.planner.records import RecordKeeper
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, OutboxKind, Tier
 
 _log = logging.getLogger("kvbm.planner")
 
 _ROWS_AT_ONCE = 1024  # so that the lock is never held for long
+_YOUNG_BATCHES = 4096  # the oldest are forgotten
 
 _GAP = int(OutboxKind.GAP)
 Mask = npt.NDArray[np.bool_]
@@ -67,6 +71,8 @@ class OffloadRoute:
     moved : callable
         Told of blocks that were stored below: route, slots there, hashes, parents.
     complaints : Complaints
+    records : RecordKeeper
+        Told of what must not be found by a restart.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class OffloadRoute:
         next_id: Callable[[], int],
         moved: Moved,
         complaints: Complaints,
+        records: RecordKeeper,
     ) -> None:
         self.source = source
         self.destination = destination
@@ -91,6 +98,8 @@ class OffloadRoute:
         self._next_id = next_id
         self._moved = moved
         self._complaints = complaints
+        self._records = records
+        self.young: deque[HashArray] = deque(maxlen=_YOUNG_BATCHES)  # above what arrived, to be told to executors
         self._events = source.subscribe_events(["created"])
         self.pauses = 0  # who keeps it from emitting
         self._last_seq: int | None = None  # of the rows read so far
@@ -284,10 +293,12 @@ class OffloadRoute:
             load.source.release()
             return ()
         ok = entry.ok
+        unwanted = load.hashes[:0]
         if load.unwanted:
-            wanted = [key not in load.unwanted for key in load.keys]
-            self._drop("reset", int((ok & ~np.array(wanted)).sum()))
-            ok &= wanted
+            is_unwanted = np.array([key in load.unwanted for key in load.keys])
+            unwanted = load.hashes[is_unwanted]
+            self._drop("reset", int((ok & is_unwanted).sum()))
+            ok &= ~is_unwanted
         arrived, hashes, parents, priorities = load.target, load.hashes, load.parents, load.priorities
         if not ok.all():
             for outcome, num_blocks in entry.losses:
@@ -302,6 +313,8 @@ class OffloadRoute:
             carry_priorities(self.destination, hashes, priorities)
             stored.release()
             self.destination.touch_blocks(load.before)
+            if self.destination.tier in self._records.tiers and len(load.before):
+                self.young.append(load.before)
             self.counters.blocks += num_arrived
             self.counters.nbytes += entry.nbytes
             _log.debug(
@@ -321,7 +334,7 @@ class OffloadRoute:
                 "offload incomplete source=%s destination=%s num_blocks=%d num_moved=%d reason=%s",
                 *(tier.value for tier in self.key), len(ok), num_arrived, entry.reason,
             )  # fmt: skip
-        return ()
+        return [partial(self._records.forget_later, self.destination.tier, unwanted)] if len(unwanted) else ()
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -336,6 +349,10 @@ class OffloadRoute:
         if first_seq is not None and first_seq <= seq:
             return False
         return all(load.seq > seq for load in self._loads.values())
+
+    def carries(self, hashes: HashArray) -> bool:
+        """Whether any of these blocks moves."""
+        return not self._in_flight.keys().isdisjoint(keys_of(hashes))
 
     def forget(self, hashes: HashArray) -> None:
         """Let none of these blocks arrive below: neither what waits nor what moves."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from kvbm.planner.limits import Limits
 from kvbm.planner.onboarding import Onboarding
 from kvbm.planner.priorities import carry_priorities
 from kvbm.planner.queue import keys_of
+from kvbm.planner.records import RecordKeeper
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, Places, Tier
 
@@ -76,6 +78,8 @@ class Onboarder:
     clock : callable
         Gives seconds; monotonic.
     complaints : Complaints
+    records : RecordKeeper
+        Told of copies that are bad.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Onboarder:
         moved: Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None],
         clock: Callable[[], float],
         complaints: Complaints,
+        records: RecordKeeper,
     ) -> None:
         self._top = top
         self._limits = limits
@@ -96,6 +101,7 @@ class Onboarder:
         self._moved = moved
         self._clock = clock
         self._complaints = complaints
+        self._records = records
         self._loads: dict[int, _Load] = {}  # by job
         self._loading: dict[bytes, tuple[int, int]] = {}  # hash -> job, index in it
         self._unlisted: dict[int, _Load] = {}  # not in `_loading` yet: nobody has looked
@@ -211,7 +217,10 @@ class Onboarder:
             self._store(load, entry, ok, num_good)
         except Exception:  # of a plugged policy, as a rule; guards that nobody holds any more give their blocks back
             _log.exception("onboard could not be stored job_id=%d", entry.job.job_id)
-        return self._ended(load, is_used=True)
+        ends = self._ended(load, is_used=True)
+        if num_good < len(ok) and len(bad := load.hashes[entry.outcomes >= Outcome.FAILED]):
+            ends.append(partial(self._records.forget_later, load.pool.tier, bad))
+        return ends
 
     def _store(self, load: _Load, entry: OpenJob, ok: npt.NDArray[np.bool_], num_good: int) -> None:
         arrived, hashes, places = load.target, load.hashes, load.places
@@ -260,7 +269,7 @@ class Onboarder:
 
     def _ended(self, load: _Load, *, is_used: bool = False) -> list[After]:
         """Note that a job is settled; give what ends the onboardings that wait for no other."""
-        ends = []
+        ends: list[After] = []
         for onboarding in load.waiting:
             onboarding.num_open -= 1
             if onboarding.is_settled:

@@ -34,7 +34,7 @@ from kvbm.planner.onboarding import Onboarding
 from kvbm.planner.policies import OffloadPolicy
 from kvbm.planner.records import RecordKeeper
 from kvbm.planner.routes import make_routes
-from kvbm.planner.touches import Touches
+from kvbm.planner.touches import Touches, take_all
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
@@ -105,6 +105,7 @@ class Planner:
             next_id=self._ledger.next_id,
             moved=self._moved,
             complaints=self._complaints,
+            records=self.records,
         )
         self._touches = Touches(
             pools[1:],
@@ -121,6 +122,7 @@ class Planner:
             moved=self._moved,
             clock=clock,
             complaints=self._complaints,
+            records=self.records,
         )
         self._flusher = Flusher(self._dispatcher, self._routes, pump=self.pump, need_open=self._need_open, clock=clock)
         self._dispatcher.start()
@@ -220,8 +222,8 @@ class Planner:
                 with self._locked():
                     has_news |= route.collect()
                 num_jobs += self._emit(route)
-            for pool in self.pools[1:]:
-                self.records.touch(pool, touched)
+            for route in self._routes:
+                self.records.touch(route.destination, [*touched, *take_all(route.young)])
         except PoolClosed:
             if not self._is_closed:
                 raise
@@ -277,6 +279,8 @@ class Planner:
                 if route.destination is pool:
                     route.collect(everything=True)
                     route.forget(names)
+        if pool.tier in self.records.tiers:  # what moves would leave a record behind
+            self._flusher.wait_until_landed(pool, names, self.limits.offload_timeout_s)
         return self.records.reset_blocks(pool, names)
 
     def close(self, timeout_s: float | None = None) -> bool:

@@ -6,19 +6,25 @@ every rank; it takes the planner's lock, so nothing here is called under that.
 
 from __future__ import annotations
 
+import errno
+import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.jobs import ForgetJob, InventoryJob, Job, JobResult, ProbeJob, TouchedJob, Transfer
+from kvbm.errors import StorageError
+from kvbm.jobs import ForgetJob, InventoryJob, Job, ProbeJob, TouchedJob, Transfer
+from kvbm.planner.inventories import intersect
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
+from kvbm.types import HashArray, ResetBlocksResponse, Tier, hash_array
 
+_log = logging.getLogger("kvbm.planner")
 _TOUCH_BATCHES = 4096  # that wait for a slow executor; the oldest are forgotten
 
 
@@ -73,26 +79,61 @@ class RecordKeeper:
         self._asked.add(transfer)
         return transfer
 
+    # -- forgetting --------------------------------------------------------------------------------------------
+
     def reset_blocks(self, pool: BlockPool, hashes: HashArray) -> ResetBlocksResponse:
-        """Forget blocks of a pool by hash, and the records that would bring them back."""
+        """Forget blocks of a pool by hash, and the records that would bring them back, before this returns.
+
+        Raises
+        ------
+        StorageError
+            The pool has forgotten them, but an executor could not: a restart may find them.
+        TransferTimeout
+            An executor has not said so in time.
+        """
         names = hash_array(hashes)
-        ids = pool.lookup(names)
         response = pool.reset_blocks(names)
-        gone = (ids >= 0) & (pool.lookup(names) < 0)
-        self._forget(pool.tier, ids[gone], names[gone])
+        if pool.tier in self.tiers:
+            # Also names that the pool has not: their bytes may lie in slots that nobody has taken again.
+            self._forget(pool.tier, names[pool.lookup(names) < 0])
         return response
 
     def reset_pool(self, pool: BlockPool) -> int:
-        """Forget every block of a pool, and the records that would bring them back; return how many."""
-        ids, names, _, _ = pool.registered()
+        """Forget every block of a pool, and every record of its tier, before this returns; give how many blocks.
+
+        Raises as `reset_blocks` does.
+        """
         num_blocks = pool.reset()
-        self._forget(pool.tier, ids, names)
+        if pool.tier in self.tiers:
+            self._forget(pool.tier, np.empty((0, 2), dtype=np.uint64), is_all=True)
         return num_blocks
 
-    def _forget(self, tier: Tier, ids: IdArray, hashes: HashArray) -> None:
-        if tier in self.tiers and len(ids):
-            job = ForgetJob(job_id=self._next_id(), tier=tier, ids=ids, hashes=hashes)
-            self._submit([(job, _ignore)])
+    def forget_later(self, tier: Tier, hashes: HashArray) -> None:
+        """Send that no restart shall find these blocks, without waiting for it."""
+        if tier in self.tiers and len(hashes):
+            self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes))
+
+    def _forget(self, tier: Tier, hashes: HashArray, *, is_all: bool = False) -> None:
+        if not len(hashes) and not is_all:
+            return
+        transfer: Transfer[str] = self._ask()
+        self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes, is_all=is_all), transfer)
+        reason = transfer.result()
+        if reason:
+            what = "its blocks" if is_all else f"{len(hashes)} blocks"
+            text = f"the {tier.value} tier could not forget {what}, a restart may find them: {reason}"
+            raise StorageError(errno.EIO, text)
+
+    def _send_forget(self, job: ForgetJob, transfer: Transfer[str] | None = None) -> None:
+        def settle(entry: OpenJob) -> Iterable[After]:
+            if entry.reason:
+                num_blocks = len(job.hashes)
+                _log.warning("forget failed tier=%s num_blocks=%d reason=%s", job.tier.value, num_blocks, entry.reason)
+            return () if transfer is None else [lambda: _end(transfer, entry.reason)]
+
+        self._submit([(job, settle)])
+
+    # -- recency -----------------------------------------------------------------------------------------------
 
     def touch(self, pool: BlockPool, batches: Sequence[HashArray]) -> None:
         """Tell the executors of a pool's tier what was used, in order."""
@@ -119,6 +160,8 @@ class RecordKeeper:
         self._is_telling.add(pool.tier)
         self._submit([(job, settle)])
 
+    # -- questions ---------------------------------------------------------------------------------------------
+
     def probe(self, pool: BlockPool, hashes: HashArray) -> Transfer[npt.NDArray[np.bool_]]:
         """Ask every rank which registered blocks of a pool it really holds: (num_blocks,) bool."""
         names = hash_array(hashes)
@@ -140,54 +183,21 @@ class RecordKeeper:
         transfer: Transfer[int] = self._ask()
 
         def settle(entry: OpenJob) -> Iterable[After]:
-            if entry.is_too_late:
+            if entry.is_too_late or transfer.done():  # its slots may be in use by now
                 return ()
-            ids, hashes, parents, priorities = intersect(entry.results)
-            pool.restore_blocks(ids, hashes, parents, priorities)
+            try:
+                ids, hashes, parents, priorities = intersect(entry.results, pool.total_blocks)
+                pool.restore_blocks(ids, hashes, parents, priorities)
+            except Exception as error:
+                return [partial(_fail, transfer, error)]
             return [lambda: _end(transfer, len(ids))]
 
         self._submit([(InventoryJob(job_id=self._next_id(), tier=pool.tier), settle)])
         return transfer
 
 
-def intersect(
-    results: Mapping[int, JobResult],
-) -> tuple[IdArray, HashArray, HashArray, npt.NDArray[np.uint8]]:
-    """Keep what every rank found: the same hash in the same slot, each hash and slot once, in the first rank's order.
-
-    Returns
-    -------
-    ids, hashes, parents, priorities
-        (num_blocks,) int32, (num_blocks, 2) uint64 twice, (num_blocks,) uint8.
-    """
-    nothing = np.empty((0, 2), dtype=np.uint64)
-    empty = np.empty(0, dtype=np.int32), nothing, nothing, np.empty(0, dtype=np.uint8)
-    if not results or any(result.ids is None for result in results.values()):
-        return empty
-    first, *others = (results[rank] for rank in sorted(results))
-    common = set.intersection(*(set(_entries(other)) for other in others)) if others else None
-    seen: set[Any] = set()
-    places = []
-    for i, (block_id, name) in enumerate(_entries(first)):
-        if (common is None or (block_id, name) in common) and block_id not in seen and name not in seen:
-            seen.update((block_id, name))
-            places.append(i)
-    batches = first.ids, first.hashes, first.parents, first.priorities
-    if not places or any(batch is None for batch in batches):
-        return empty
-    return tuple(batch[places] for batch in batches if batch is not None)  # type: ignore[return-value]
-
-
-def _entries(result: JobResult) -> list[tuple[int, bytes]]:
-    ids, hashes = result.ids, result.hashes
-    if ids is None or hashes is None:
-        return []
-    data = np.ascontiguousarray(hashes).tobytes()
-    return [(block_id, data[16 * i : 16 * i + 16]) for i, block_id in enumerate(ids.tolist())]
-
-
-def _ignore(entry: OpenJob) -> Iterable[After]:
-    return ()
+def _fail(transfer: Transfer[Any], error: Exception) -> None:
+    transfer.set_exception(error)
 
 
 def _end(transfer: Transfer[Any], result: Any) -> None:

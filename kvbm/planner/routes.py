@@ -11,6 +11,7 @@ from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
 from kvbm.planner.offload import Moved, OffloadRoute
 from kvbm.planner.policies import AlwaysPolicy, OffloadPolicy
+from kvbm.planner.records import RecordKeeper
 from kvbm.pool import BlockPool
 
 
@@ -24,6 +25,7 @@ def make_routes(
     next_id: Callable[[], int],
     moved: Moved,
     complaints: Complaints,
+    records: RecordKeeper,
 ) -> tuple[list[OffloadRoute], list[OffloadRoute]]:
     """Make a route for each pair of neighbours; give them, and those whose policy counts uses.
 
@@ -33,7 +35,7 @@ def make_routes(
         From the top tier down.
     policies : sequence of OffloadPolicy, optional
         One for each pair; default: write-through.
-    limits, statistics, lineages, next_id, moved, complaints
+    limits, statistics, lineages, next_id, moved, complaints, records
         As for `OffloadRoute`.
     """
     pairs = list(itertools.pairwise(pools))
@@ -49,6 +51,7 @@ def make_routes(
             next_id=next_id,
             moved=moved,
             complaints=complaints,
+            records=records,
         )
         for (source, destination), policy in zip(pairs, chosen, strict=True)
     ]

@@ -54,14 +54,20 @@ class Touches:
 
     def spread(self) -> list[HashArray]:
         """Tell the tiers, and policies that count uses, what waits; give it."""
-        touched = []
-        while self._waiting:
-            hashes = self._waiting.popleft()
+        touched = take_all(self._waiting)
+        for hashes in touched:
             for pool in self._pools:
                 pool.touch_blocks(hashes)
             with self._dispatcher.locked():
                 self._lineages.add(hashes)
                 for route in self._routes:
                     route.used(hashes)
-            touched.append(hashes)
         return touched
+
+
+def take_all(waiting: deque[HashArray]) -> list[HashArray]:
+    """Empty a queue that others append to."""
+    taken = []
+    while waiting:
+        taken.append(waiting.popleft())
+    return taken

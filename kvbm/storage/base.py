@@ -67,6 +67,11 @@ class Storage(ABC):
         return self.layout.num_blocks
 
     @property
+    def is_available(self) -> bool:
+        """Whether the storage can be reached; when not, what it holds may still be good."""
+        return True
+
+    @property
     def bound(self) -> BoundLayout:
         """The layout with its addresses; raises `StorageError` where there are none."""
         raise StorageError(f"{type(self).__name__} has no addresses: use read and write")
@@ -199,11 +204,11 @@ class Storage(ABC):
         """Tell which slots hold whole blocks of these hashes, as far as the storage knows: (num_blocks,) bool."""
         return np.array(self.has_checksum[block_ids])
 
-    def forget(self, block_ids: IdArray, hashes: HashArray) -> None:  # noqa: B027  (memory forgets by itself)
-        """Make sure that no restart finds these blocks, in these slots or in any other."""
+    def forget(self, hashes: HashArray) -> None:  # noqa: B027  (memory forgets by itself)
+        """Make sure that no restart finds these blocks, wherever they lie; raises `OSError` where that failed."""
 
     def clear(self) -> None:  # noqa: B027
-        """Make sure that no restart finds any block that was written before."""
+        """Make sure that no restart finds any block that was written before; raises `OSError` where that failed."""
 
     def touch(  # noqa: B027  (memory has no record of recency)
         self, block_ids: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]

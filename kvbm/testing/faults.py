@@ -180,9 +180,9 @@ class FaultyStorage(Storage):
         """Tell which slots hold whole blocks of these hashes: (num_blocks,) bool."""
         return self.storage.holds(block_ids, hashes)
 
-    def forget(self, block_ids: IdArray, hashes: HashArray) -> None:
+    def forget(self, hashes: HashArray) -> None:
         """Make the wrapped storage forget these blocks."""
-        self.storage.forget(block_ids, hashes)
+        self.storage.forget(hashes)
 
     def clear(self) -> None:
         """Forget every block of the wrapped storage."""

@@ -209,8 +209,7 @@ def test_directory_that_others_can_write_is_warned_of(directory: Path, caplog: p
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_threads": 0}, {"max_queued_nbytes": 0}]
-    + [{"name": name} for name in ("", ".", "..", "a/b", "/a", "a\0b")],
+    [{"num_threads": 0}, {"max_queued_nbytes": 0}] + [{"name": name} for name in ("", ".", "..", "a/b", "/a", "a\0b")],
 )
 def test_impossible_settings_are_refused_and_nothing_is_made(directory: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

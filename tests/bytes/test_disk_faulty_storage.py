@@ -195,7 +195,8 @@ def test_books_are_kept_by_the_wrapped_storage(inner: Storage) -> None:
     assert inner.checksums[:2].tolist() == [4, 5]
     assert storage.holds(ALL[:2], hashes).tolist() == inner.holds(ALL[:2], hashes).tolist()
     storage.touch(ALL[:2], hashes, np.zeros(2, dtype=np.uint8))
-    storage.forget(ALL[:2], hashes)
+    storage.forget(hashes)
+    storage.clear()
     assert [len(part) for part in storage.inventory()] == [0, 0, 0, 0]
 
 

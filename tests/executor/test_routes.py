@@ -229,7 +229,7 @@ def test_unknown_tier_is_answered_as_failed(make_site: MakeSite, is_urgent: bool
         assert (result.outcomes.tolist(), result.reason) == ([Outcome.FAILED] * 2, reason)
     books = {"job_id": 4, "tier": Tier.DISK}
     for job in (
-        ForgetJob(**books, ids=ids, hashes=names),
+        ForgetJob(**books, hashes=names),
         TouchedJob(**books, ids=ids, hashes=names, priorities=np.zeros(1, dtype=np.uint8)),
         ProbeJob(**books, ids=ids, hashes=names),
     ):
@@ -279,8 +279,11 @@ class Remembering(HostStorage):
     def holds(self, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
         return np.array([name[0] == block_id for block_id, name in zip(block_ids, hashes, strict=True)])
 
-    def forget(self, block_ids: IdArray, hashes: HashArray) -> None:
-        self.told.append(("forget", (block_ids.tolist(), hashes.tolist())))
+    def forget(self, hashes: HashArray) -> None:
+        self.told.append(("forget", hashes.tolist()))
+
+    def clear(self) -> None:
+        self.told.append(("clear", None))
 
     def touch(self, block_ids: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
         self.told.append(("touch", (block_ids.tolist(), hashes.tolist(), priorities.tolist())))
@@ -294,16 +297,19 @@ def test_storage_that_keeps_records_is_told_and_asked(make_site: MakeSite) -> No
     site = make_site({"device": "contiguous", "host": "contiguous"})
     storage = site.executor._storages[Tier.HOST]
     storage.__class__, storage.told = Remembering, []
-    books = {"job_id": 4, "tier": Tier.HOST, "ids": np.array([1, 2, 3], dtype=np.int32)}
+    of_all: dict[str, Any] = {"job_id": 4, "tier": Tier.HOST}
+    books = {**of_all, "ids": np.array([1, 2, 3], dtype=np.int32)}
     names = np.array([[1, 0], [7, 0], [3, 0]], dtype=np.uint64)
     probed = site.executor.execute(ProbeJob(**books, hashes=names))
     assert (probed.job_id, probed.outcomes.tolist()) == (4, [Outcome.OK, Outcome.FAILED, Outcome.OK])
-    assert site.executor.execute(ForgetJob(**books, hashes=names)).outcomes.tolist() == [Outcome.OK] * 3
+    assert site.executor.execute(ForgetJob(**of_all, hashes=names)).outcomes.tolist() == [Outcome.OK] * 3
+    assert site.executor.execute(ForgetJob(**of_all, hashes=names[:0], is_all=True)).outcomes.tolist() == []
     priorities = np.array([0, 50, 100], dtype=np.uint8)
     touched = site.executor.execute(TouchedJob(**books, hashes=names, priorities=priorities))
     assert touched.outcomes.tolist() == [Outcome.OK] * 3
     assert storage.told == [
-        ("forget", ([1, 2, 3], names.tolist())),
+        ("forget", names.tolist()),
+        ("clear", None),
         ("touch", ([1, 2, 3], names.tolist(), [0, 50, 100])),
     ]
     found = site.executor.execute(InventoryJob(job_id=5, tier=Tier.HOST))

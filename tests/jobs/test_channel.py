@@ -50,12 +50,12 @@ def test_each_route_has_a_thread_so_a_slow_one_holds_up_no_other(copy_job: MakeJ
 
 def test_books_of_a_tier_have_a_thread_of_their_own(box: Any, gated: Any) -> None:
     ids, names = np.arange(1, dtype=np.int32), np.zeros((1, 2), dtype=np.uint64)
-    fields: dict[str, Any] = {"tier": Tier.DISK, "ids": ids, "hashes": names}
+    fields: dict[str, Any] = {"tier": Tier.DISK, "hashes": names}
     gated.let_all()
     channel = opened(gated, box)
     channel.send(ForgetJob(job_id=0, **fields))
-    channel.send(TouchedJob(job_id=1, priorities=np.zeros(1, dtype=np.uint8), **fields))
-    channel.send(ProbeJob(job_id=2, **fields))
+    channel.send(TouchedJob(job_id=1, ids=ids, priorities=np.zeros(1, dtype=np.uint8), **fields))
+    channel.send(ProbeJob(job_id=2, ids=ids, **fields))
     channel.send(InventoryJob(job_id=3, tier=Tier.DISK))
     assert channel.close(PATIENCE_S)
     assert gated.started == [0, 1, 2, 3], "in the order they were sent"

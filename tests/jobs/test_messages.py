@@ -60,6 +60,7 @@ def jobs(draw: st.DrawFn) -> Any:
         "timeout_s": draw(st.none() | st.floats(allow_nan=False)),
         "is_urgent": draw(st.booleans()),
         "is_alone": draw(st.booleans()),
+        "is_all": draw(st.booleans()),
     }
     if given_fields["parents"] is not None:
         given_fields["parents"] = hashes(draw, n)
@@ -83,6 +84,7 @@ def results(draw: st.DrawFn) -> Any:
         nbytes=draw(st.integers(0, 2**60)),
         seconds=draw(st.floats(0, 1e9)),
         reason=draw(st.text(max_size=20)),
+        is_away=draw(st.booleans()),
         **found,
     )
 
@@ -125,8 +127,8 @@ def wire(kind: str | None, **fields: Any) -> bytes:
 
 
 def test_wire_by_hand_is_what_encode_makes() -> None:
-    job = ForgetJob(job_id=3, tier=Tier.DISK, ids=np.array([7], np.int32), hashes=np.zeros((1, 2), np.uint64))
-    assert_same(decode_job(wire("forget", job_id=3, tier="disk", ids=bytes([7, 0, 0, 0]), hashes=bytes(16))), job)
+    job = ProbeJob(job_id=3, tier=Tier.DISK, ids=np.array([7], np.int32), hashes=np.zeros((1, 2), np.uint64))
+    assert_same(decode_job(wire("probe", job_id=3, tier="disk", ids=bytes([7, 0, 0, 0]), hashes=bytes(16))), job)
     assert encode(job)[:1] == HEAD
 
 
@@ -217,7 +219,7 @@ def test_other_versions_are_refused_with_what_to_do(version: int) -> None:
         decode_job(b"")
 
 
-FORGET = {"job_id": 1, "tier": "disk", "ids": bytes(8), "hashes": bytes(32)}
+PROBE = {"job_id": 1, "tier": "disk", "ids": bytes(8), "hashes": bytes(32)}
 COPY = {
     "job_id": 1,
     "source": "host",
@@ -232,20 +234,20 @@ MINUS_ONE = b"\xff\xff\xff\xff"
 @pytest.mark.parametrize(
     ("kind", "fields", "text"),
     [
-        ("forget", FORGET | {"ids": bytes(12)}, "different numbers of blocks.*'ids': 3, 'hashes': 2"),
-        ("forget", FORGET | {"ids": bytes(7)}, "bytes of a batch of int32"),
-        ("forget", FORGET | {"hashes": bytes(24)}, "bytes of a batch of uint64"),
-        ("forget", FORGET | {"hashes": "text"}, "bytes of a batch of uint64"),
-        ("forget", FORGET | {"hashes": None}, "bytes of a batch of uint64"),
-        ("forget", FORGET | {"ids": [0, 1]}, "bytes of a batch of int32"),
-        ("forget", FORGET | {"ids": bytes(4) + MINUS_ONE}, "block id -1 is negative"),
-        ("forget", FORGET | {"tier": "tape"}, "tape"),
-        ("forget", FORGET | {"job_id": "1"}, "job_id"),
-        ("forget", FORGET | {"job_id": 1.0}, "job_id"),
-        ("forget", FORGET | {"shell": "rm"}, "shell"),
-        ("forget", {"job_id": 1, "tier": "disk"}, "ids"),
-        ("touched", FORGET, "priorities"),
-        ("touched", FORGET | {"priorities": bytes(3)}, "'priorities': 3"),
+        ("probe", PROBE | {"ids": bytes(12)}, "different numbers of blocks.*'ids': 3, 'hashes': 2"),
+        ("probe", PROBE | {"ids": bytes(7)}, "bytes of a batch of int32"),
+        ("probe", PROBE | {"hashes": bytes(24)}, "bytes of a batch of uint64"),
+        ("probe", PROBE | {"hashes": "text"}, "bytes of a batch of uint64"),
+        ("probe", PROBE | {"hashes": None}, "bytes of a batch of uint64"),
+        ("probe", PROBE | {"ids": [0, 1]}, "bytes of a batch of int32"),
+        ("probe", PROBE | {"ids": bytes(4) + MINUS_ONE}, "block id -1 is negative"),
+        ("probe", PROBE | {"tier": "tape"}, "tape"),
+        ("probe", PROBE | {"job_id": "1"}, "job_id"),
+        ("probe", PROBE | {"job_id": 1.0}, "job_id"),
+        ("probe", PROBE | {"shell": "rm"}, "shell"),
+        ("probe", {"job_id": 1, "tier": "disk"}, "ids"),
+        ("touched", PROBE, "priorities"),
+        ("touched", PROBE | {"priorities": bytes(3)}, "'priorities': 3"),
         ("copy", COPY | {"destination_ids": bytes(4)}, "'destination_ids': 1"),
         ("copy", COPY | {"source_ids": bytes(4) + MINUS_ONE}, "block id -1 is negative"),
         ("copy", COPY | {"destination_ids": MINUS_ONE + bytes(4)}, "block id -1 is negative"),
@@ -254,8 +256,8 @@ MINUS_ONE = b"\xff\xff\xff\xff"
         ("copy", COPY | {"timeout_s": math.nan}, "timeout_s is not a number"),
         ("copy", COPY | {"timeout_s": "soon"}, "timeout_s"),
         ("copy", COPY | {"is_urgent": 1}, "is_urgent"),
-        ("reset", FORGET, "reset"),
-        (None, FORGET, "type"),
+        ("reset", PROBE, "reset"),
+        (None, PROBE, "type"),
     ],
 )
 def test_wrong_jobs_are_refused_with_what_is_wrong(kind: str | None, fields: dict[str, Any], text: str) -> None:
@@ -321,7 +323,7 @@ def test_what_a_message_claims_costs_no_memory(key: str, claim: bytes) -> None:
 
 def test_a_long_message_costs_little_more_than_its_length() -> None:
     num_blocks = 200_000
-    job = ForgetJob(
+    job = ProbeJob(
         job_id=1, tier=Tier.DISK, ids=np.zeros(num_blocks, np.int32), hashes=np.zeros((num_blocks, 2), np.uint64)
     )
     raw = encode(job)

@@ -268,8 +268,8 @@ class DiskStorage(Storage):
         """Tell which slots hold whole blocks of these hashes, by their records: (num_blocks,) bool."""
         return self._slab.index.holds(block_ids, hashes)
 
-    def forget(self, block_ids: IdArray, hashes: HashArray) -> None:
-        """Void the records of these hashes, in these slots or others, on the medium when it returns.
+    def forget(self, hashes: HashArray) -> None:
+        """Void the records of these hashes, on the medium when it returns.
 
         Raises
         ------
