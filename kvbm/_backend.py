@@ -135,6 +135,7 @@ class Backend:
     checksum_blocks: ChecksumBlocks
     cpu_features: tuple[str, ...] = ()
     memcpy_blocks: MemcpyBlocks | None = None
+    disk_io: ModuleType | None = None  # disk queues; None where there are none: Python's own threads move blocks then
 
 
 def load_backend(choice: str = "auto") -> Backend:
@@ -188,4 +189,10 @@ def _assemble(name: str, reason: str) -> Backend:
         checksum_blocks=modules["copies"].checksum_blocks,
         cpu_features=modules["copies"].cpu_features(),
         memcpy_blocks=getattr(modules["copies"], "memcpy_blocks", None),
+        disk_io=_optional(f"kvbm._{name}.disk_io"),
     )
+
+
+def _optional(name: str) -> ModuleType | None:
+    """Give a module that a twin can do without; one that is there but broken raises."""
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
