@@ -18,6 +18,7 @@ _OWN = {
         "always": "kvbm.planner.policies.always:AlwaysPolicy",
         "second_use": "kvbm.planner.policies.second_use:SecondUsePolicy",
         "priority": "kvbm.planner.policies.priority:PriorityPolicy",
+        "tinylfu": "kvbm.planner.policies.tinylfu:TinyLfuPolicy",
     },
     "layout": {},
     "allocator": {},

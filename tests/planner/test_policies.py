@@ -16,8 +16,17 @@ import kvbm
 from kvbm.config import Config, OffloadConfig
 from kvbm.errors import ConfigError
 from kvbm.manager import BlockManager
-from kvbm.planner.policies import AlwaysPolicy, Candidates, OffloadPolicy, PriorityPolicy, SecondUsePolicy
+from kvbm.planner.policies import (
+    AlwaysPolicy,
+    Candidates,
+    OffloadPolicy,
+    PriorityPolicy,
+    SecondUsePolicy,
+    TinyLfuPolicy,
+    WriteBudget,
+)
 from kvbm.plugins import load_plugin, plugin_names
+from kvbm.testing.offload_policies import OffloadPolicyTests
 from kvbm.types import DEFAULT_PRIORITY, Tier
 
 
@@ -96,6 +105,32 @@ CASES: dict[str, tuple[OffloadPolicy, list[Step]]] = {
         PriorityPolicy(min_priority=0),
         [("registered", blocks([1, 2], [0, 100]), [1, 1])],
     ),
+    "tinylfu: a block that is used again while it is new": (
+        TinyLfuPolicy(1000, seed=1),
+        [
+            ("registered", blocks([1, 2, 3], [0, 50, 100]), [0, 0, 0]),
+            ("used", blocks([2, 3]), [1, 1]),
+            ("prioritised", blocks([1, 2], [100, 100]), [0, 0]),
+            ("registered", blocks([1, 4]), [1, 0]),
+            ("registered", blocks([]), []),
+        ],
+    ),
+    "tinylfu: a block that was used more often than any that it would displace": (
+        TinyLfuPolicy(8, window_share=0.01, seed=1),
+        [
+            ("registered", blocks(range(8)), [0] * 8),
+            ("used", blocks(range(8)), [1] * 8),
+            ("registered", blocks([50]), [0]),
+            ("registered", blocks(range(100, 108)), [0] * 8),  # 50 leaves the window
+            ("used", blocks([50]), [0]),  # twice, as the others
+            ("registered", blocks(range(200, 208)), [0] * 8),
+            ("used", blocks([50]), [1]),
+        ],
+    ),
+    "write budget: what its policy chooses": (
+        WriteBudget(PriorityPolicy(), 100, nbytes_per_day=1),
+        [("registered", blocks([1, 2], [50, 51]), [0, 1]), ("prioritised", blocks([1, 2], [51, 50]), [1, 0])],
+    ),
     "priority: a hundred": (PriorityPolicy(min_priority=100), [("registered", blocks([1, 2], [99, 100]), [0, 1])]),
 }
 
@@ -106,6 +141,21 @@ def test_policy_does_what_its_name_says(policy: OffloadPolicy, steps: list[Step]
         mask = getattr(policy, verb)(candidates)
         assert (mask.dtype, mask.shape) == (np.bool_, (len(candidates),))
         assert mask.astype(int).tolist() == expected, verb
+
+
+class TestAlways(OffloadPolicyTests):
+    def make_policy(self) -> OffloadPolicy:
+        return AlwaysPolicy()
+
+
+class TestSecondUse(OffloadPolicyTests):
+    def make_policy(self) -> OffloadPolicy:
+        return SecondUsePolicy()
+
+
+class TestPriority(OffloadPolicyTests):
+    def make_policy(self) -> OffloadPolicy:
+        return PriorityPolicy()
 
 
 def test_second_use_remembers_no_more_than_its_window_however_large_a_batch_is() -> None:
@@ -160,6 +210,7 @@ def offloaded(policy: str | OffloadPolicy, priorities: dict[int, int], **offload
     [
         ("always", {}, {2: 0}, [True, True, True, True]),
         ("second_use", {}, {4: 80}, [False, False, False, False]),
+        ("tinylfu", {}, {4: 80}, [False, False, False, False]),
         ("priority", {}, {2: 30, 4: 80}, [False, False, False, True]),
         ("priority", {"min_priority": 81}, {4: 80}, [False, False, False, False]),
         ("priority", {"min_priority": DEFAULT_PRIORITY}, {}, [True, True, True, True]),
@@ -176,7 +227,7 @@ def test_manager_takes_a_policy_by_hand() -> None:
 
 
 def test_our_own_policies_are_known_by_name() -> None:
-    assert {"always", "second_use", "priority"} <= set(plugin_names("offload"))
+    assert {"always", "second_use", "priority", "tinylfu"} <= set(plugin_names("offload"))
     assert load_plugin("offload", "priority") is PriorityPolicy
 
 
@@ -209,7 +260,7 @@ import kvbm
 from kvbm.errors import ConfigError, PluginError
 from kvbm.plugins import plugin_names
 
-assert {"always", "even", "gone", "none", "priority", "second_use"} <= set(plugin_names("offload"))
+assert {"always", "even", "gone", "none", "priority", "second_use", "tinylfu"} <= set(plugin_names("offload"))
 names = np.array([[name, 0] for name in (1, 2, 3, 4)], dtype=np.uint64)
 settings = dict(num_layers=1, page_size=4, inner_dim=8, dtype="uint8", device_blocks=8, host_blocks=8)
 with kvbm.BlockManager(**settings, offload_policy="even") as manager:

@@ -49,6 +49,19 @@ class OffloadPolicy(ABC):
         """Choose among registered blocks that were just found by a request; none unless overridden."""
         return np.zeros(len(blocks), dtype=np.bool_)
 
+    @property
+    def counts_uses(self) -> bool:
+        """Whether `used` is to be asked, which costs every request a little; by default where it is overridden."""
+        return type(self).used is not OffloadPolicy.used
+
     def prioritised(self, blocks: Candidates) -> npt.NDArray[np.bool_]:
         """Choose among registered blocks that were given another priority; none unless overridden."""
         return np.zeros(len(blocks), dtype=np.bool_)
+
+    def afford(self, num_blocks: int) -> int:
+        """Say how many of the blocks that are about to be written may be; all unless overridden.
+
+        Asked when a job is made, of blocks chosen before that do not lie below. The leading ones are written, the
+        others are dropped, counted as ``write_budget``.
+        """
+        return num_blocks
