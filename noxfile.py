@@ -19,7 +19,7 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
 OTHER_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-NATIVE_MODULES = ("store", "hashing", "copies")
+NATIVE_MODULES = ("store", "hashing", "copies", "disk_io")
 DEMO = ("--device", "500", "--host", "2000", "--disk", "8000", "--sessions", "100")
 TORCH = "torch==2.13.0"
 TEST_TIMEOUT_S = "120"
@@ -129,6 +129,15 @@ def soak(session: nox.Session) -> None:
         session.env["KVBM_SOAK_TRACE"] = str(settings.trace.resolve())
     session.env["PYTEST_TIMEOUT"] = "0"
     session.run("pytest", "-m", "soak", "-s", "tests/soak", *arguments, env={"PYTHONSAFEPATH": "1"})
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Kill a process 500 times and look at what each restart finds; KVBM_CRASH_KILLS sets another count."""
+    _install(session, "test")
+    session.env["KVBM_CRASH_KILLS"] = os.environ.get("KVBM_CRASH_KILLS", "500")
+    session.env["PYTEST_TIMEOUT"] = "0"
+    session.run("pytest", "-m", "crash", "-s", "tests/crash", *session.posargs, env={"PYTHONSAFEPATH": "1"})
 
 
 @nox.session

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvbm.config import Config
+from kvbm.config.durations import DURATION_PATTERN
 from kvbm.config.fields import OTHER_NAMES
 from kvbm.config.sizes import SIZE_PATTERN, show_size
 
 PAGE = Path(__file__).parent / "configuration.md"
 BEGIN, END = "<!-- reference: begin -->\n", "<!-- reference: end -->"
+_TEXTS = {SIZE_PATTERN: 'a size, as "8GiB"', DURATION_PATTERN: 'a time, as "6h"'}
 _BIG = 2**31 - 2  # a limit from here on is only what a file can hold, or a pool can number
 
 
@@ -64,7 +66,7 @@ def _kind(kind: dict[str, Any]) -> str:
     if kind["type"] == "boolean":
         return "true or false"
     if kind["type"] == "string":
-        return 'a size, as "8GiB"' if kind.get("pattern") == SIZE_PATTERN else "text"
+        return _TEXTS.get(kind.get("pattern", ""), "text")
     noun = "integer" if kind["type"] == "integer" else "number"
     low, high = kind.get("minimum"), kind.get("maximum")
     if low is not None and high is not None and abs(high) < _BIG:

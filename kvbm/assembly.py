@@ -13,24 +13,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvbm._backend import Backend, default_backend, load_backend
-from kvbm.config import LAYOUTS, Config, TierConfig
+from kvbm.config import Config
 from kvbm.errors import ConfigError, TransferTimeout
 from kvbm.executor import Executor
 from kvbm.jobs import LocalChannel
 from kvbm.layout import BlockLayout
 from kvbm.planner import Limits, OffloadPolicy, Planner, PlannerThread
+from kvbm.planner.policies import WriteBudget
 from kvbm.planner.restore import restore_pools
 from kvbm.plugins import load_plugin
 from kvbm.pool import BlockPool
+from kvbm.provision import make_storages
 from kvbm.storage.base import Storage
-from kvbm.storage.device import DeviceStorage
 from kvbm.storage.host import HostStorage
 from kvbm.storage.views import StorageBytes
 from kvbm.types import Tier
 
 _log = logging.getLogger("kvbm.manager")
-_TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
-_PAGE_NBYTES = 4096
 
 
 @dataclass
@@ -42,14 +41,24 @@ class Assembly:
     pools: dict[Tier, BlockPool]
     executor: Executor
     planner: Planner
-    thread: PlannerThread | None  # where there is more than one tier
+    thread: PlannerThread | None  # where there is more than one tier, or something that ends by itself
     _closing: threading.Lock = field(default_factory=threading.Lock)  # held by whoever closes
+    _starting: threading.Lock = field(default_factory=threading.Lock)  # guards what follows, and `thread`
+    _is_closed: bool = False
+
+    def need_thread(self) -> None:
+        """Start the planner's thread where there is none yet: something ends by itself."""
+        with self._starting:
+            if self.thread is None and not self._is_closed:
+                self.thread = PlannerThread(self.planner)
 
     def close(self, timeout_s: float) -> None:
         """End every transfer and let go of memory and files; each part may take this long to end what it does."""
         if not self._closing.acquire(blocking=False):
             return  # another thread closes, or this one does and calls back
         try:
+            with self._starting:
+                self._is_closed = True
             is_quiet = self.planner.close(timeout_s)
             if self.thread is not None:
                 self.thread.stop(timeout_s)
@@ -76,6 +85,7 @@ def assemble(
     config: Config,
     *,
     backend: Backend,
+    model: str | None = None,
     eviction: Any = None,
     offload_policy: OffloadPolicy | None = None,
     storages: Mapping[Tier, Storage] | None = None,
@@ -86,6 +96,8 @@ def assemble(
     ----------
     config : Config
     backend : Backend
+    model : str, optional
+        Fingerprint of the model, for tiers that outlive the process.
     eviction : EvictionPolicy, optional
         An instance for the top tier, instead of the name in the configuration.
     offload_policy : OffloadPolicy, optional
@@ -103,16 +115,9 @@ def assemble(
     given = dict(storages or {})
     if config.disk.path is not None and not config.disk.is_present and Tier.DISK not in given:
         _log.warning("no disk tier: disk.path is given without disk.num_blocks or disk.size path=%s", config.disk.path)
-    made: dict[Tier, Storage] = {}
+    made = make_storages(config, model=model, backend=backend, given=given)
     try:
-        for tier in _TIERS:
-            if tier in given:
-                made[tier] = given[tier]
-            elif config.tier(tier).is_present:
-                made[tier] = _make_storage(config, tier, _make_layout(config, tier), backend)
-        _need_memory_on_top(made)
-        _need_one_shape(made)
-        return _join(config, made, backend=backend, eviction=eviction, offload_policy=offload_policy)
+        return _join(config, made, model=model, backend=backend, eviction=eviction, offload_policy=offload_policy)
     except BaseException:
         for storage in made.values():
             storage.close()
@@ -151,6 +156,7 @@ def _join(
     config: Config,
     storages: dict[Tier, Storage],
     *,
+    model: str | None,
     backend: Backend,
     eviction: Any,
     offload_policy: OffloadPolicy | None,
@@ -168,7 +174,7 @@ def _join(
             tier=tier,
             policy=load_plugin("eviction", policy)() if isinstance(policy, str) else policy,
             worker_id=config.runtime.worker_id,
-            event_metadata={"model": config.model.fingerprint} if config.model.fingerprint else None,
+            event_metadata={"model": model} if model else None,
             backend=backend,
         )
         storage = storages[tier]
@@ -186,9 +192,11 @@ def _join(
         verifies=config.offload.verify_checksums,
         backend=backend,
     )
-    policies = [_make_offload_policy(config) for _ in range(len(pools) - 1)]
-    if policies and offload_policy is not None:
-        policies[0] = offload_policy
+    policies = [
+        _make_offload_policy(config, tier, storage, given=offload_policy if index == 0 else None)
+        for index, (tier, storage) in enumerate(list(storages.items())[1:])
+    ]
+    ttls_s = {tier: ttl_s for tier in storages if (ttl_s := config.tier(tier).ttl_s) is not None}
     planner = Planner(
         list(pools.values()),
         [LocalChannel(executor.execute, is_small=executor.is_small, is_bounded=executor.is_bounded)]
@@ -196,79 +204,34 @@ def _join(
         else [],
         policies=policies,
         recording_tiers=[tier for tier, storage in storages.items() if storage.capabilities.is_persistent],
+        keyed_tiers=[tier for tier, storage in storages.items() if storage.capabilities.is_keyed],
+        ttls_s=ttls_s,
         limits=_limits(config),
     )
     restore_pools(planner.pools[1:], planner.records)
-    return Assembly(layouts, storages, pools, executor, planner, PlannerThread(planner) if policies else None)
+    for presence in planner.presences:
+        presence.list()
+    thread = PlannerThread(planner) if policies or ttls_s else None
+    return Assembly(layouts, storages, pools, executor, planner, thread)
 
 
-def _make_layout(config: Config, tier: Tier) -> BlockLayout:
-    model, section = config.model, config.tier(tier)
-    dimensions: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "outer_dim": model.outer_dim,
-        "block_size": model.block_size,
-        "inner_dim": model.inner_dim,
-        "dtype": model.dtype,
-        "num_heads": model.num_heads,
-    }
-    # A block that begins on a page goes between memory and disk without another copy.
-    dimensions["alignment"] = _PAGE_NBYTES if tier is Tier.HOST and model.block_nbytes >= _PAGE_NBYTES else 1
-    one = _lay_out(section.layout, num_blocks=1, **dimensions)
-    nbytes = one.buffer_nbytes * one.num_buffers
-    if tier is Tier.DISK:  # a slot of the file
-        nbytes = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
-    num_blocks = config.num_blocks_of(tier, nbytes)
-    return _lay_out(section.layout, num_blocks=num_blocks, **dimensions)
-
-
-def _lay_out(kind: str, **dimensions: Any) -> BlockLayout:
-    if kind == "fully_contiguous":
-        return BlockLayout.fully_contiguous(**dimensions)
-    if kind in LAYOUTS:
-        return BlockLayout.layer_separate(**dimensions, block_first=kind == "layer_separate_block_first")
-    layout = load_plugin("layout", kind)(**dimensions)
-    if not isinstance(layout, BlockLayout):
-        raise ConfigError(f"layout plug-in {kind!r} gave a {type(layout).__name__}, must give a BlockLayout")
-    return layout
-
-
-def _make_storage(config: Config, tier: Tier, layout: BlockLayout, backend: Backend) -> Storage:
+def _make_offload_policy(config: Config, tier: Tier, storage: Storage, *, given: OffloadPolicy | None) -> OffloadPolicy:
+    """Make, or take, the policy of the route into a tier, within the tier's write budget."""
     section = config.tier(tier)
-    if tier is Tier.DISK:
-        from kvbm.storage.disk import DiskStorage  # most managers have no disk tier
-
-        assert config.disk.path is not None, "checked by the configuration"
-        return DiskStorage(
-            layout,
-            config.disk.path,
-            num_threads=config.runtime.io_threads,
-            use_direct_io=config.disk.direct_io,
-            max_queued_nbytes=config.disk.max_queued_nbytes,
-        )
-    kind = DeviceStorage if tier is Tier.DEVICE else HostStorage
-    return kind(
-        layout,
-        buffers=_allocate(section, layout),
-        use_huge_pages=config.host.huge_pages,
-        num_threads=config.runtime.copy_threads or 2,
-        backend=backend,
-    )
+    policy = given if given is not None else _load_offload_policy(config, tier, storage)
+    nbytes_per_day = getattr(section, "write_budget_nbytes", 0)
+    if not nbytes_per_day:
+        return policy
+    slot_nbytes = getattr(storage, "slot_nbytes", storage.layout.block_nbytes)
+    return WriteBudget(policy, slot_nbytes, nbytes_per_day=nbytes_per_day)
 
 
-def _allocate(section: TierConfig, layout: BlockLayout) -> list[Any] | None:
-    """Ask the tier's allocator for each buffer; None for our own mapping."""
-    if section.allocator == "default":
-        return None
-    allocator = load_plugin("allocator", section.allocator)
-    return [allocator(layout.buffer_nbytes) for _ in range(layout.num_buffers)]
-
-
-def _make_offload_policy(config: Config) -> OffloadPolicy:
-    name = config.offload.policy
+def _load_offload_policy(config: Config, tier: Tier, storage: Storage) -> OffloadPolicy:
+    name = getattr(config.tier(tier), "offload_policy", None) or config.offload.policy
     settings: dict[str, Any] = {
         "second_use": {"max_blocks": config.offload.use_count_blocks},
         "priority": {"min_priority": config.offload.min_priority},
+        "tinylfu": {"num_blocks": storage.num_blocks},
     }.get(name, {})
     policy = load_plugin("offload", name)(**settings)
     if not isinstance(policy, OffloadPolicy):
@@ -285,29 +248,11 @@ def _limits(config: Config) -> Limits:
         lineage_blocks=offload.lineage_blocks,
         touch_calls=offload.touch_calls,
         in_flight_share=offload.in_flight_share,
+        pin_share=offload.pin_share,
+        prefetch_blocks=offload.prefetch_blocks,
+        probe_blocks=config.remote.probe_blocks,
+        absent_s=config.remote.absent_s,
+        away_s=config.remote.away_s,
         onboard_timeout_s=runtime.onboard_timeout_s,
         offload_timeout_s=runtime.offload_timeout_s,
     )
-
-
-def _need_one_shape(storages: Mapping[Tier, Storage]) -> None:
-    """Refuse storages whose blocks hold other elements than those of the top tier."""
-    (top, first), *others = storages.items()
-    for tier, storage in others:
-        for name in ("num_layers", "outer_dim", "block_size", "inner_dim", "dtype"):
-            value, expected = getattr(storage.layout, name), getattr(first.layout, name)
-            if value != expected:
-                raise ConfigError(
-                    f"the {tier.value} storage has {name} {value}, the {top.value} storage has {expected}: every tier "
-                    "holds the same blocks"
-                )
-
-
-def _need_memory_on_top(storages: dict[Tier, Storage]) -> None:
-    if not storages:
-        raise ConfigError("a manager needs at least one tier, got none: give device_blocks (or device.num_blocks)")
-    tier, storage = next(iter(storages.items()))
-    if not storage.capabilities.is_addressable:
-        raise ConfigError(
-            f"the top tier is {tier.value!r}, which has no memory to fill: give a device or host tier too"
-        )

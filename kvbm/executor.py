@@ -1,7 +1,7 @@
 """Executor: runs jobs on the storages of one rank and answers for every block. Bytes only; it decides nothing.
 
 Three kinds of copy: between memories (one call of the copy engine), up from a storage without addresses (through the
-staging ring, in chunks, the next chunk being read while this one is copied), and down into one (straight from memory
+staging ring, in chunks, the next ones being read while this one is copied), and down into one (straight from memory
 where blocks lie in one piece, else through the ring). I/O that cannot be called back lands in the ring only; a slot
 goes back when its I/O has ended. An answer about a destination is given when no byte moves towards it any more.
 Safe from any thread, as long as two jobs name different destination slots.
@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,12 +24,18 @@ from kvbm._backend import Backend, default_backend
 from kvbm.errors import ConfigError
 from kvbm.jobs import CopyJob, ForgetJob, InventoryJob, Job, JobResult, Outcome, ProbeJob, TouchedJob, Transfer
 from kvbm.jobs.messages import answer_all
+from kvbm.reasons import Reasons, text_of
 from kvbm.storage.base import Storage
 from kvbm.storage.staging import StagingRing
 from kvbm.transfer import TransferEngine
 from kvbm.types import IdArray, Places, Tier
 
 _log = logging.getLogger("kvbm.executor")
+
+_CHUNK_NBYTES = 1 << 20  # of one read into the ring: what has landed is copied while the rest is on its way
+_CHUNKS_AHEAD = 4
+_STAGING_BLOCKS, _STAGING_NBYTES = 16, 16 << 20
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1e-3, 0.1  # between two looks at a write that does not let go of its rows
 
 Outcomes = npt.NDArray[np.uint8]
 
@@ -43,7 +50,8 @@ class Executor:
     copy_threads : int
         Threads that share one copy; 0 takes the machine's cores, at most 4. Offloads use half of them.
     staging_blocks : int
-        Slots of the ring that blocks pass through on their way to or from storages without addresses.
+        Slots of the ring that blocks pass through on their way to or from storages without addresses; 0 takes 16 MiB,
+        at least 16 slots.
     small_nbytes : int
         Copies between memories up to this size count as small (`is_small`).
     verifies : bool
@@ -58,7 +66,7 @@ class Executor:
         storages: Mapping[Tier, Storage],
         *,
         copy_threads: int = 0,
-        staging_blocks: int = 16,
+        staging_blocks: int = 0,
         small_nbytes: int = 1 << 20,
         verifies: bool = True,
         backend: Backend | None = None,
@@ -74,7 +82,10 @@ class Executor:
         half = max(1, self._urgent.num_threads // 2)
         self._background = TransferEngine(num_threads=half, small_nbytes=sys.maxsize, backend=backend)
         remote = [storage for storage in storages.values() if not storage.capabilities.is_addressable]
-        self._staging = StagingRing(remote[0].layout, staging_blocks, backend=backend, clock=clock) if remote else None
+        self._staging: StagingRing | None = None
+        if remote:
+            num_slots = staging_blocks or max(_STAGING_BLOCKS, _STAGING_NBYTES // remote[0].layout.block_nbytes)
+            self._staging = StagingRing(remote[0].layout, num_slots, backend=backend, clock=clock)
 
     def is_small(self, job: Job) -> bool:
         """Whether a job is a copy between memories of at most `small_nbytes`."""
@@ -120,7 +131,7 @@ class Executor:
             return self._keep_books(job)
         except Exception as error:
             _log.error("%s failed job_id=%d tier=%s error=%r", type(job).__name__, job.job_id, job.tier.value, error)
-            answer = answer_all(job, Outcome.FAILED, _text_of(error))
+            answer = answer_all(job, Outcome.FAILED, text_of(error))
             return msgspec.structs.replace(answer, is_away=not self._is_there(job.tier))
 
     def _is_there(self, tier: Tier) -> bool:
@@ -152,7 +163,8 @@ class Executor:
                 "copy failed job_id=%d source=%s destination=%s num_blocks=%d error=%r",
                 job.job_id, job.source.value, job.destination.value, len(job.hashes), error,
             )  # fmt: skip
-            return np.full(len(job.hashes), Outcome.FAILED, dtype=np.uint8), _text_of(error)
+            lost = Outcome.FAILED if self._is_there(job.source) else Outcome.LATE  # what cannot be reached may be good
+            return np.full(len(job.hashes), lost, dtype=np.uint8), text_of(error)
 
     def _is_over(self, deadline: float | None) -> bool:
         return deadline is not None and self._clock() >= deadline
@@ -166,16 +178,17 @@ class Executor:
         return engine.copy(source[0], destination[0], source[1], destination[1], hashes=names).result().good
 
     def _copy_up(self, job: CopyJob, deadline: float | None) -> tuple[Outcomes, str]:
-        """Read chunks into the ring, one ahead; copy each from there, or write it where there are no addresses."""
+        """Read chunks into the ring, some ahead; copy each from there, or write it where there are no addresses."""
         staging = self._ring()
         num_blocks = len(job.hashes)
         outcomes = np.full(num_blocks, Outcome.LATE, dtype=np.uint8)
-        reasons = _Reasons("its time was over")
+        reasons = Reasons("its time was over")
         reading: deque[tuple[slice, IdArray, Transfer[npt.NDArray[np.bool_]]]] = deque()
-        chunk = max(1, staging.num_slots // 2)
+        chunk = max(1, min(_CHUNK_NBYTES // self._storage(job.source).layout.block_nbytes, staging.num_slots // 2))
+        num_ahead = min(_CHUNKS_AHEAD, max(2, staging.num_slots // chunk))
         start = 0
         while start < num_blocks or reading:
-            if start < num_blocks and len(reading) < 2 and not self._is_over(deadline):
+            if start < num_blocks and len(reading) < num_ahead and not self._is_over(deadline):
                 wanted = min(chunk, num_blocks - start)
                 slots = staging.take(wanted, self._clock() if reading else deadline, is_urgent=job.is_urgent)
                 if len(slots):
@@ -186,7 +199,7 @@ class Executor:
                     except Exception as error:  # no byte has moved
                         staging.give(slots)
                         outcomes[part] = Outcome.FAILED
-                        reasons.add(_text_of(error))
+                        reasons.add(text_of(error))
                     continue
             if not reading:  # the time is over, or the ring is full of I/O that does not end
                 break
@@ -199,7 +212,7 @@ class Executor:
                 reasons.add(reason)
             except Exception as error:
                 outcomes[part] = Outcome.FAILED
-                reasons.add(_text_of(error))
+                reasons.add(text_of(error))
             finally:
                 staging.give(slots)
         return outcomes, reasons.text(outcomes)
@@ -220,6 +233,7 @@ class Executor:
     def _land(self, job: CopyJob, part: slice, slots: IdArray, is_read: npt.NDArray[np.bool_]) -> tuple[Outcomes, str]:
         """Bring blocks that were read from the ring to their destination."""
         staging, source, destination = self._ring(), self._storage(job.source), self._storage(job.destination)
+        reason = ""
         from_ids, to_ids = job.source_ids[part], job.destination_ids[part]
         lost = Outcome.FAILED if source.is_available else Outcome.LATE  # what cannot be reached may be good
         outcomes = np.full(len(slots), lost, dtype=np.uint8)
@@ -230,16 +244,20 @@ class Executor:
         if destination.capabilities.is_addressable:
             good = self._move(job, (staging.storage, slots[places]), (destination, to_ids[places]), places + part.start)
             outcomes[places] = _judge(good)
+            places = places[~good]
         else:
             checksums = self._urgent.compute_checksums(staging.storage, slots[places], job.hashes[part][places])
             good = ~np.bool_(self._verifies) | (checksums == staging.storage.checksums[slots[places]])
             outcomes[places[~good]] = Outcome.CORRUPT
-            places = places[good]
-            outcomes[places], reason = self._write(
-                job, staging.memory, slots[places], places + part.start, checksums[good] if self._verifies else None
+            written = places[good]
+            outcomes[written], reason = self._write(
+                job, staging.memory, slots[written], written + part.start, checksums[good] if self._verifies else None
             )
-            if reason:
-                return outcomes, reason
+            places = places[~good]
+        if len(places):  # the planner holds the source until it hears of this, so its slot cannot be another's yet
+            source.disown(from_ids[places], job.hashes[part][places])
+        if reason:
+            return outcomes, reason
         if (outcomes == Outcome.CORRUPT).any():
             return outcomes, "checksum mismatch"
         return outcomes, "" if is_whole.all() else "read error" if not is_read.all() else "nothing was kept there"
@@ -251,7 +269,7 @@ class Executor:
             return self._write(job, memory, job.source_ids, np.arange(len(job.hashes)), self._known_checksums(job))
         staging = self._ring()
         outcomes = np.full(len(job.hashes), Outcome.LATE, dtype=np.uint8)
-        reasons = _Reasons("its time was over")
+        reasons = Reasons("its time was over")
         start = 0
         while start < len(job.hashes) and not self._is_over(deadline):
             slots = staging.take(len(job.hashes) - start, deadline, is_urgent=job.is_urgent)
@@ -268,7 +286,7 @@ class Executor:
                 reasons.add(reason if good.all() else "checksum mismatch")
             except Exception as error:
                 outcomes[part] = Outcome.FAILED
-                reasons.add(_text_of(error))
+                reasons.add(text_of(error))
             finally:
                 staging.give(slots)
             start = part.stop
@@ -284,9 +302,13 @@ class Executor:
     ) -> tuple[Outcomes, str]:
         """Write rows of memory to the destination and wait until no byte moves; `places` are theirs in the job."""
         destination = self._storage(job.destination)
-        is_written = destination.submit_write(
+        transfer = destination.submit_write(
             job.destination_ids[places], memory, rows, hashes=job.hashes[places], checksums=checksums
-        ).result()
+        )
+        try:
+            is_written = transfer.result()
+        finally:  # its waiter may hear of the end while the storage still looks at the rows
+            _wait_until_landed(transfer)
         self._record(job, places[is_written], None if checksums is None else checksums[is_written])
         outcomes = np.where(is_written, Outcome.OK, Outcome.FAILED).astype(np.uint8)
         return outcomes, "" if is_written.all() else "write error"
@@ -326,7 +348,7 @@ class Executor:
         if isinstance(job, ProbeJob):
             is_done = storage.holds(job.ids, job.hashes)
         elif isinstance(job, ForgetJob):
-            storage.clear() if job.is_all else storage.forget(job.hashes)
+            storage.clear() if job.is_all else storage.forget(job.hashes, job.ids)
         else:
             storage.touch(job.ids, job.hashes, job.priorities)
         outcomes = np.where(is_done, Outcome.OK, Outcome.FAILED).astype(np.uint8)
@@ -344,25 +366,12 @@ class Executor:
         return self._staging
 
 
-class _Reasons:
-    """Collects why blocks failed, each reason once; `late` is the one for blocks that were not begun."""
-
-    def __init__(self, late: str) -> None:
-        self._late = late
-        self._seen: dict[str, None] = {}
-
-    def add(self, reason: str) -> None:
-        if reason:
-            self._seen[reason] = None
-
-    def text(self, outcomes: Outcomes) -> str:
-        if (outcomes == Outcome.LATE).any():
-            self.add(self._late)
-        return ", ".join(self._seen)
-
-
-def _text_of(error: Exception) -> str:
-    return str(error) or repr(error)
+def _wait_until_landed(transfer: Transfer[Any]) -> None:
+    """Wait until no byte of a transfer moves; rare, so nobody is told: look, less and less often."""
+    pause_s = _SHORTEST_PAUSE_S
+    while transfer.is_draining:
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def _judge(good: npt.NDArray[np.bool_]) -> Outcomes:

@@ -7,10 +7,13 @@ runs here may call the pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from kvbm.types import IdArray
+import numpy as np
+import numpy.typing as npt
+
+from kvbm.types import BlockState, IdArray
 
 Box = list[Any]
 
@@ -40,6 +43,13 @@ class BlockMetadata:
         if self._boxes:
             for block_id in ids.tolist():
                 self._boxes.pop(block_id, None)
+
+    def sweep(self, states_of: Callable[[IdArray], npt.NDArray[np.uint8]]) -> None:
+        """Drop the objects of blocks that are free, as this tells by slot."""
+        boxes = self._boxes.copy()
+        if boxes:
+            states = states_of(np.array(list(boxes), dtype=np.int32))
+            self.empty(box for box, state in zip(boxes.values(), states, strict=True) if state == BlockState.FREE)
 
     def boxes(self) -> dict[int, Box]:
         """Give the boxes by slot as they are now."""

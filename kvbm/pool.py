@@ -93,6 +93,7 @@ class BlockPool:
         self._hits = self._misses = self._evictions = self._registered = self._folded = 0
         self._allocation_s = Histogram(SHORT_BOUNDS_S)
         self._listeners: tuple[Callable[[], None], ...] = ()  # told that something was registered
+        self._used: Callable[[IdArray], None] | None = None  # told which slots are used
         self._is_closed = False
 
     # -- the life of blocks ------------------------------------------------------------------------------------
@@ -120,16 +121,13 @@ class BlockPool:
         ----------
         n : int
         timeout : float, optional
-            Seconds to wait for others to release blocks, ``math.inf`` for ever; None does not wait.
+            Seconds to wait for others to release blocks, ``math.inf`` for ever; None does not wait. Who waits is not
+            queued: the first that finds enough blocks gets them.
 
         Raises
         ------
         NotEnoughBlocksAvailable
             Fewer are available (by then); nothing was taken.
-
-        Notes
-        -----
-        Waiting allocations are not queued: the first that finds enough blocks gets them.
         """
         blocks = self.try_allocate_blocks(n)
         if blocks is not None:
@@ -166,6 +164,7 @@ class BlockPool:
         if num_folded:
             self._metadata.empty(map(boxes.get, ids[folded].tolist()))  # their slots may have other owners by now
             self._waiters.wake()
+        self._note_use(primaries)
         for listener in self._listeners:
             listener()
         return ImmutableBlocks(self, primaries, blocks._hashes)
@@ -182,6 +181,7 @@ class BlockPool:
         names = hashes if isinstance(hashes, np.ndarray) else hash_array(hashes)
         ids = self._store.match(names)  # which refuses an array of another form
         num_hits = len(ids)
+        self._note_use(ids)
         with self._lock:
             self._hits += num_hits
             self._misses += len(names) - num_hits
@@ -200,14 +200,7 @@ class BlockPool:
         return self._store.find(hash_array(hashes))
 
     def hold_blocks(self, ids: IdArray, hashes: HashArray) -> tuple[ImmutableBlocks, npt.NDArray[np.bool_]]:
-        """Hold the blocks that still have these hashes; give them and, (num_blocks,) bool, which they are.
-
-        Parameters
-        ----------
-        ids : (num_blocks,) int32
-            As `lookup` gave them.
-        hashes : (num_blocks, 2) uint64
-        """
+        """Hold blocks, found by `lookup`, that still have these hashes; give them and, (num_blocks,) bool, which."""
         return WeakBlocks(self, ids, hashes).upgrade_each()
 
     def describe_blocks(self, ids: IdArray) -> tuple[HashArray, HashArray, npt.NDArray[np.uint8]]:
@@ -220,11 +213,16 @@ class BlockPool:
         """Register blocks whose bytes outlived the process, as inactive, at exactly these free slots, oldest first."""
         self._begin()
         self._store.restore(ids, hashes, parents, priorities)
+        self._note_use(ids)
 
     def touch_blocks(self, hashes: HashArray) -> int:
         """Make blocks young again; return how many of the hashes are registered."""
         self._begin()
-        return self._store.touch(hash_array(hashes))
+        names = hash_array(hashes)
+        if self._used is not None:
+            ids = self._store.find(names)
+            self._used(ids[ids >= 0])
+        return self._store.touch(names)
 
     def set_priority(self, hashes: HashArray, priority: int) -> int:
         """Keep blocks longer (up to 100) or less long (down to 0; default 50); return how many were found."""
@@ -232,10 +230,7 @@ class BlockPool:
         return self._store.set_priority(hash_array(hashes), priority)
 
     def discard_blocks(self, blocks: ImmutableBlocks) -> None:
-        """Unpublish blocks at once, e.g. corrupt ones; they are free again when nobody holds them.
-
-        Another holder may have done so before. The guard stays as it is.
-        """
+        """Unpublish blocks at once, e.g. corrupt ones, unless another holder has; free when nobody holds them."""
         self._begin()
         if blocks.state is not BlockState.ACTIVE or not blocks.is_of(self):
             raise BlockStateError(f"pool {self.name!r} discards its own ImmutableBlocks, got {blocks!r}")
@@ -247,7 +242,7 @@ class BlockPool:
         """Forget blocks by hash; those in use stay."""
         self._begin()
         reset, not_found, busy = self._store.remove(hash_array(hashes))
-        self._sweep_metadata()
+        self._metadata.sweep(self._store.states)
         self._waiters.wake()
         return ResetBlocksResponse(hash_list(reset), hash_list(not_found), hash_list(busy))
 
@@ -261,7 +256,7 @@ class BlockPool:
         """
         self._begin()
         num_blocks = self._store.clear()
-        self._sweep_metadata()
+        self._metadata.sweep(self._store.states)
         self._waiters.wake()
         return num_blocks
 
@@ -316,6 +311,10 @@ class BlockPool:
         with self._lock:
             self._listeners = (*self._listeners, listener)
 
+    def watch_uses(self, used: Callable[[IdArray], None]) -> None:
+        """Tell which slots are registered, matched, held, released or touched, in that thread; one watcher a pool."""
+        self._used = used
+
     def check(self) -> None:
         """Verify the store's invariants; raise AssertionError where one is broken. Cost grows with the pool."""
         self._reap()
@@ -336,7 +335,10 @@ class BlockPool:
     def acquire(self, ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
         """Take a reference on each block that still holds its hash; return which."""
         self._begin()
-        return self._store.acquire(ids, hashes)
+        mask = self._store.acquire(ids, hashes)
+        if self._used is not None:
+            self._used(ids[mask])
+        return mask
 
     def release_ids(self, ids: IdArray, *, is_registered: bool) -> None:
         """Drop one reference on each block, or leave that to the next call where this thread is in a store call."""
@@ -362,6 +364,10 @@ class BlockPool:
 
     # -- private -----------------------------------------------------------------------------------------------
 
+    def _note_use(self, ids: IdArray) -> None:
+        if self._used is not None:
+            self._used(ids)
+
     def _begin(self) -> None:
         if self._is_closed:
             raise PoolClosed(f"pool {self.name!r} is closed")
@@ -385,15 +391,9 @@ class BlockPool:
     def _give_back(self, ids: IdArray, is_registered: bool) -> None:
         if not is_registered:
             self._metadata.forget(ids)
+        else:  # before the release: nobody shall find it old once nobody holds it
+            self._note_use(ids)
         self._store.release(ids)
         if _log.isEnabledFor(logging.DEBUG) and len(ids):
             _log.debug("released pool=%s num_blocks=%d is_registered=%s", self.name, len(ids), is_registered)
         self._waiters.wake()
-
-    def _sweep_metadata(self) -> None:
-        boxes = self._metadata.boxes()
-        if boxes:
-            states = self._store.states(np.array(list(boxes), dtype=np.int32))
-            self._metadata.empty(
-                box for box, state in zip(boxes.values(), states, strict=True) if state == BlockState.FREE
-            )

@@ -58,6 +58,13 @@ BARS = {
     "hit_64k_disk": Bar(0.333, "ratio"),
     "hit_1m_host": Bar(0.333, "ratio"),
     "hit_1m_disk": Bar(0.333, "ratio"),
+    "write_64k": Bar(0.9, "ratio"),
+    "read_64k": Bar(0.9, "ratio"),
+    "write_1m": Bar(0.9, "ratio"),
+    "read_1m": Bar(0.9, "ratio"),
+    "write_4m": Bar(0.9, "ratio"),
+    "read_4m": Bar(0.9, "ratio"),
+    "restart_1m": Bar(2),
 }
 
 

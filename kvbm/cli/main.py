@@ -11,6 +11,7 @@ from rich.console import Console
 import kvbm
 from kvbm.cli.bench import bench
 from kvbm.cli.config import config
+from kvbm.cli.disk import app as disk
 from kvbm.cli.info import info
 from kvbm.cli.replay import replay
 from kvbm.errors import KvbmError
@@ -22,6 +23,7 @@ app.command()(replay)
 app.command()(info)
 app.command()(bench)
 app.command()(config)
+app.add_typer(disk, name="disk")
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import itertools
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,7 +26,11 @@ from kvbm.manager import BlockManager
 from kvbm.replay import ReplayReport, TraceRequest, generate_conversations, read_trace, replay_concurrently
 from kvbm.replay import replay as run_replay
 from kvbm.replay.html import need_matplotlib, render_page
+from kvbm.replay.progress import ReplayProgress
 from kvbm.replay.request import hashes_of
+from kvbm.replay.run import OnServed
+from kvbm.replay.warm_start import WarmStart
+from kvbm.storage.object_store.address import check_url, safe_url
 from kvbm.types import HashArray
 
 _TOKENS_PER_BLOCK = 16
@@ -63,6 +69,10 @@ def replay(
     disk_path: Annotated[
         Path | None, typer.Option(help="Directory of the disk tier; default: a temporary one, removed at the end.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the replay that was interrupted in --disk-path.")
+    ] = False,
+    remote: Annotated[str | None, typer.Option(help="URL of the object store tier (G4); extra: s3.")] = None,
     block_bytes: Annotated[int, typer.Option(help="Bytes of a block.")] = 4096,
     policy: Annotated[str, typer.Option(help="Eviction policy: lru, fifo, or a plug-in's name.")] = "lru",
     sequential: Annotated[
@@ -96,9 +106,12 @@ def replay(
     after ctrl-C.
     """
     _check_block_bytes(block_bytes, is_built_in=trace is None)
-    schedule = _schedule(sequential, concurrency, clock, speed, has_lower_tiers=bool(host or disk))
+    schedule = _schedule(sequential, concurrency, clock, speed, has_lower_tiers=bool(host or disk or remote))
     if disk_path is not None and not disk:
         raise ConfigError(f"--disk-path {disk_path} has no meaning without a disk tier: give --disk N too")
+    if resume and disk_path is None:
+        raise ConfigError("--resume goes on with a replay in the directory of its disk tier: give --disk-path DIR too")
+    store = "" if remote is None else safe_url(check_url(remote))
     check_json_file(json_file)
     if report_file is not None:
         check_output_file("--report", report_file)
@@ -112,11 +125,26 @@ def replay(
         total = len(read)
         if schedule.concurrency:
             read.sort(key=lambda request: request.time_s)
+    name = trace.name if trace else "built-in conversations"
+    configuration = {
+        "trace": name,
+        **({} if trace else {"sessions, turns, seed": f"{sessions:,}, {turns:,}, {seed}"}),
+        "tiers": _tiers({"device": device, "host": host, "disk": disk}, store),
+        "bytes of a block": f"{block_bytes:,}",
+        "eviction policy": policy,
+        "schedule": str(schedule),
+    }
+    progress = None
+    if disk_path is not None:
+        settings = {**configuration, "requests": f"{total:,}", **({"content": _digest(trace)} if trace else {})}
+        progress = ReplayProgress(disk_path, settings, num_requests=total, resume=resume)
+        workload = progress.remaining(workload)
     report = ReplayReport()
     served: list[HashArray] = []
     with ExitStack() as stack:
         if disk and disk_path is None:
             disk_path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvbm-replay-")))
+        began = time.perf_counter()
         manager = stack.enter_context(
             BlockManager(
                 num_layers=1,
@@ -128,32 +156,35 @@ def replay(
                 host_blocks=host,
                 disk_blocks=disk,
                 disk_path=disk_path,
+                remote_url=remote,
                 policy=policy,
                 model="replay",
                 backend=backend,
             )
         )
+        opening_s = time.perf_counter() - began
+        num_restored = manager.disk.status().inactive if manager.disk is not None else 0
         if report_file is not None:
             workload = _note(manager, workload, served)
+        if progress is not None:
+            progress.begin(is_cold=not (num_restored or progress.num_skipped or remote))
+            total -= progress.num_skipped
         try:
-            _run(manager, workload, total, report, schedule)
+            _run(manager, workload, total, report, schedule, on_served=None if progress is None else progress.note)
         except KeyboardInterrupt:
             report.is_partial = True
+        finally:
+            if progress is not None:
+                progress.end()
         twin = manager.backend.name
-    tiers = _tiers({"device": device, "host": host, "disk": disk})
-    name = trace.name if trace else "built-in conversations"
-    Console().print(report.to_table(escape(f"{name}, {tiers}, {twin} twin")))
+    if progress is not None:
+        report.warm_start = WarmStart.of(
+            progress, capacities=report.capacity_by_tier, restored_blocks=num_restored, seconds=opening_s
+        )
+    Console().print(report.to_table(escape(f"{name}, {configuration['tiers']}, {twin} twin")))
     write_json_file(json_file, report.to_dict())
     if report_file is not None:
-        configuration = {
-            "trace": name,
-            **({} if trace else {"sessions, turns, seed": f"{sessions:,}, {turns:,}, {seed}"}),
-            "tiers": tiers,
-            "bytes of a block": f"{block_bytes:,}",
-            "eviction policy": policy,
-            "schedule": str(schedule),
-            "kvbm, twin": f"{kvbm.__version__}, {twin}",
-        }
+        configuration["kvbm, twin"] = f"{kvbm.__version__}, {twin}"
         page = render_page(report, served, title=f"kvbm replay: {name}", configuration=configuration)
         write_output_file("--report", report_file, page)
     _exit(report)
@@ -196,7 +227,13 @@ def _note(manager: BlockManager, workload: Iterable[TraceRequest], served: list[
 
 
 def _run(
-    manager: BlockManager, workload: Iterable[TraceRequest], total: int, report: ReplayReport, schedule: _Schedule
+    manager: BlockManager,
+    workload: Iterable[TraceRequest],
+    total: int,
+    report: ReplayReport,
+    schedule: _Schedule,
+    *,
+    on_served: OnServed | None,
 ) -> None:
     columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -220,16 +257,26 @@ def _run(
                 speed=schedule.speed,
                 report=report,
                 on_progress=show,
+                on_served=on_served,
             )
         else:
-            run_replay(manager, workload, report=report, on_progress=show)
+            run_replay(manager, workload, report=report, on_progress=show, on_served=on_served)
 
 
-def _tiers(num_blocks: dict[str, int]) -> str:
+def _tiers(num_blocks: dict[str, int], store: str) -> str:
     present = {tier: n for tier, n in num_blocks.items() if n}
-    if len(present) == 1:
+    if len(present) == 1 and not store:
         return f"{next(iter(present.values())):,} blocks"
-    return ", ".join(f"{tier} {n:,}" for tier, n in present.items()) + " blocks"
+    return ", ".join(f"{tier} {n:,}" for tier, n in present.items()) + " blocks" + (f", {store}" if store else "")
+
+
+def _digest(trace: Path) -> str:
+    """Tell one trace from another of the same name."""
+    with trace.open("rb") as file:
+        digest = hashlib.blake2b(digest_size=8)
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _exit(report: ReplayReport) -> None:

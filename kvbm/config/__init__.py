@@ -12,6 +12,7 @@ from kvbm.config.sections import (
     HostConfig,
     ModelConfig,
     OffloadConfig,
+    RemoteConfig,
     RuntimeConfig,
     TierConfig,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "HostConfig",
     "ModelConfig",
     "OffloadConfig",
+    "RemoteConfig",
     "RuntimeConfig",
     "TierConfig",
     "parse_size",

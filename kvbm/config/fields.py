@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
+from kvbm.config.durations import parse_duration
 from kvbm.config.sizes import parse_size
 from kvbm.errors import ConfigError
 from kvbm.plugins import plugin_names
@@ -33,7 +34,7 @@ OWN_NAMES = {
     "layout": ("fully_contiguous", "layer_separate_block_first", "layer_separate_outer_first"),
     "eviction": ("lru", "fifo"),
     "allocator": ("default",),
-    "offload": ("always", "second_use", "priority"),
+    "offload": ("always", "second_use", "priority", "tinylfu"),
 }
 
 
@@ -45,6 +46,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     plugin: str = ""  # the kind of plug-in that the value names
     most: int = MAX_INTEGER
     is_size: bool = False
+    is_duration: bool = False
     is_path: bool = False
 
 
@@ -95,6 +97,7 @@ def key(
     plugin: str = "",
     most: int = MAX_INTEGER,
     is_size: bool = False,
+    is_duration: bool = False,
     is_path: bool = False,
 ) -> Meta:
     """Describe a key, for ``Annotated``.
@@ -113,11 +116,21 @@ def key(
         Named in the message about a larger integer.
     is_size : bool
         Text is read as a size.
+    is_duration : bool
+        Text is read as a time.
     is_path : bool
         Path objects are taken too.
     """
     give = give or f"one of {', '.join(choices)}"
-    advice = Advice(give=give, choices=choices, plugin=plugin, most=most, is_size=is_size, is_path=is_path)
+    advice = Advice(
+        give=give,
+        choices=choices,
+        plugin=plugin,
+        most=most,
+        is_size=is_size,
+        is_duration=is_duration,
+        is_path=is_path,
+    )
     schema: dict[str, Any] | None = None
     if choices:
         schema = {"enum": list(choices)}
@@ -167,6 +180,11 @@ def check_value(path: str, field: Field, value: Any) -> Any:
     elif advice.is_size and isinstance(value, str):
         try:
             value = parse_size(value)
+        except ConfigError:
+            raise refused(f"{path} is {show(value)}, give {advice.give}", path) from None
+    elif advice.is_duration and isinstance(value, str):
+        try:
+            value = parse_duration(value)
         except ConfigError:
             raise refused(f"{path} is {show(value)}, give {advice.give}", path) from None
     if int in field.members and isinstance(value, int) and value > advice.most:

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
+from kvbm.config.durations import DURATION_ADVICE, DURATION_PATTERN
 from kvbm.config.fields import MAX_INTEGER, OWN_NAMES, Section, key, refused
 from kvbm.config.sizes import SIZE_ADVICE, SIZE_PATTERN
 from kvbm.layout import DTYPES
@@ -28,8 +29,15 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 Priority = Annotated[int, Meta(ge=0, le=MAX_PRIORITY)]
 Text = Annotated[str, Meta(min_length=1)]
 SizeText = Annotated[str, Meta(pattern=SIZE_PATTERN)]
+DurationText = Annotated[str, Meta(pattern=DURATION_PATTERN)]
+OffloadPolicyName = Annotated[
+    str | None, key("What is offloaded to this tier; left out, what offload.policy says.", plugin="offload")
+]
+
+REMOTE_BLOCKS = 1 << 18  # remembered of a store, unless remote.num_blocks says otherwise; some 100 bytes each
 
 _COUNT = "1 or more"
+_TTL = f"{DURATION_ADVICE}, or leave it out"
 _SECONDS = "seconds, more than 0"
 _SHARE = "a share, more than 0 and at most 1"
 _SWITCH = "true or false"
@@ -120,11 +128,20 @@ class TierConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     )
     eviction: Annotated[str, key("Eviction policy: lru, fifo or a plug-in.", plugin="eviction")] = "lru"
     allocator: Annotated[str, key("Where memory comes from: default or a plug-in.", plugin="allocator")] = "default"
+    ttl: Annotated[
+        Seconds | DurationText | None,
+        key("A block that nobody uses for so long leaves this tier; left out, none does.", _TTL, is_duration=True),
+    ] = None
 
     @property
     def nbytes(self) -> int | None:
         """`size` in bytes."""
         return None if self.size is None else int(self.size)
+
+    @property
+    def ttl_s(self) -> float | None:
+        """`ttl` in seconds."""
+        return None if self.ttl is None else float(self.ttl)
 
     @property
     def is_present(self) -> bool:
@@ -152,6 +169,7 @@ class HostConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     section: ClassVar[str] = "host"
 
+    offload_policy: OffloadPolicyName = None
     huge_pages: Annotated[bool, key("Ask the system for huge pages.", _SWITCH)] = True
 
 
@@ -164,11 +182,42 @@ class DiskConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Text | None,
         key("Directory that holds the blocks; offload_path at the top means it too.", "a directory", is_path=True),
     ] = None
+    offload_policy: OffloadPolicyName = None
+    write_budget: Annotated[
+        NaturalInt | SizeText,
+        key(
+            "Bytes a day that may be written here; what goes beyond is dropped; 0 sets no limit.",
+            f"{SIZE_ADVICE}, 0 for no limit",
+            is_size=True,
+        ),
+    ] = 0
+    slab: Annotated[Text, key("Name of this rank's slab; several share a directory.", "a plain name")] = "rank0"
+    on_mismatch: Annotated[
+        str,
+        key(
+            "What to do with a slab of another model or layout: refuse it, or replace it.",
+            choices=("refuse", "replace"),
+        ),
+    ] = "refuse"
+    sync_interval_s: Annotated[Seconds, key("A power cut loses at most what came in this time.", _SECONDS)] = 1.0
+    engine: Annotated[
+        str,
+        key(
+            "What moves blocks; auto takes what a short probe shows to be faster or cheaper.",
+            choices=("auto", "uring", "threads", "python"),
+        ),
+    ] = "auto"
+    depth: Annotated[int, Meta(ge=1, le=1024), key("Reads and writes under way at once.", "1 to 1024")] = 32
     direct_io: Annotated[bool, key("Go around the page cache where the file system allows.", _SWITCH)] = True
     max_queued_size: Annotated[
         PositiveInt | SizeText,
         key("Bytes of reads, and as many of writes, that may be under way at once.", _TIER_SIZE, is_size=True),
     ] = 256 << 20
+
+    @property
+    def write_budget_nbytes(self) -> int:
+        """`write_budget` in bytes a day; 0 is no limit."""
+        return int(self.write_budget)
 
     @property
     def max_queued_nbytes(self) -> int:
@@ -186,21 +235,69 @@ class DiskConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
 
+class RemoteConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The object store tier, G4 (section ``remote``)."""
+
+    section: ClassVar[str] = "remote"
+
+    url: Annotated[
+        Text | None,
+        key("Where blocks are kept: s3://bucket/folder, gs://, az://, file:///directory or memory://.", "a URL"),
+    ] = None
+    prefix: Annotated[str, key("Folder under the URL.", "a relative path")] = "kvbm"
+    endpoint: Annotated[Text | None, key("Address of the server, where it is not the provider's own.", "a URL")] = None
+    region: Annotated[Text | None, key("Region of the bucket.", _TEXT)] = None
+    allow_http: Annotated[bool, key("Let the endpoint be reached without TLS.", _SWITCH)] = False
+    offload_policy: OffloadPolicyName = None
+    max_concurrency: Annotated[PositiveInt, key("Requests under way at once.", _COUNT)] = 32
+    request_timeout_s: Annotated[Seconds, key("Time of one request.", _SECONDS)] = 5.0
+    probe_blocks: Annotated[
+        PositiveInt, key("Blocks that one request missed and the store is asked for, in the background.", _COUNT)
+    ] = 64
+    absent_s: Annotated[Seconds, key("Time until a block that was absent is asked for again.", _SECONDS)] = 10.0
+    away_s: Annotated[Seconds, key("Time that a store which cannot be reached is left alone.", _SECONDS)] = 5.0
+
+    @property
+    def is_present(self) -> bool:
+        """Whether a store was named."""
+        return self.url is not None
+
+    def _check_together(self) -> None:
+        super()._check_together()
+        if self.size is not None:
+            raise refused(
+                "remote.size is given, but a store has no size of ours: leave it out (remote.num_blocks bounds how "
+                "many blocks are remembered as being there)",
+                "remote.size",
+            )
+        if self.url is None and self.num_blocks is not None:
+            raise refused(
+                "remote.num_blocks is given without remote.url: give the URL of the store", "remote.num_blocks"
+            )
+
+
 class OffloadConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What goes down, how much at a time, and its limits (section ``offload``)."""
 
     section: ClassVar[str] = "offload"
 
-    policy: Annotated[str, key("What is offloaded: always, second_use, priority or a plug-in.", plugin="offload")] = (
-        "always"
-    )
+    policy: Annotated[
+        str, key("What is offloaded: always, second_use, priority, tinylfu or a plug-in.", plugin="offload")
+    ] = "always"
     queue_blocks: Annotated[PositiveInt, key("Blocks that may wait; what does not fit is dropped.", _COUNT)] = 8192
     job_blocks: Annotated[PositiveInt, key("Blocks of one job.", _COUNT)] = 64
     route_jobs: Annotated[PositiveInt, key("Jobs of one route under way at once.", _COUNT)] = 4
     in_flight_share: Annotated[Share, key("Share of a pool that jobs under way may hold.", _SHARE)] = 0.25
+    pin_share: Annotated[Share, key("Share of a tier that may be pinned.", _SHARE)] = 0.25
+    prefetch_blocks: Annotated[PositiveInt, key("Blocks that prefetches may bring at once.", _COUNT)] = 1024
     staging_blocks: Annotated[
-        PositiveInt, key("Blocks of the ring that bytes pass through on their way to and from disk.", _COUNT)
-    ] = 16
+        NaturalInt,
+        key(
+            "Blocks of the ring that bytes pass through on their way to and from disk and network; 0 takes 16 MiB, "
+            "at least 16 blocks.",
+            "0 or more",
+        ),
+    ] = 0
     verify_checksums: Annotated[bool, key("Check every block on its way up.", _SWITCH)] = True
     lineage_blocks: Annotated[
         PositiveInt, key("Blocks remembered to keep parents younger than their children in lower tiers.", _COUNT)

@@ -18,11 +18,13 @@ from kvbm.config import loading
 from kvbm.config.fields import check_value, fields_of, key, refused, sections_of, show
 from kvbm.config.sections import (
     MAX_BLOCKS,
+    REMOTE_BLOCKS,
     DeviceConfig,
     DiskConfig,
     HostConfig,
     ModelConfig,
     OffloadConfig,
+    RemoteConfig,
     RuntimeConfig,
     TierConfig,
 )
@@ -58,6 +60,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     device: Annotated[DeviceConfig, Meta(description="Device tier, G1.")] = msgspec.field(default_factory=DeviceConfig)
     host: Annotated[HostConfig, Meta(description="Host memory tier, G2.")] = msgspec.field(default_factory=HostConfig)
     disk: Annotated[DiskConfig, Meta(description="Disk tier, G3.")] = msgspec.field(default_factory=DiskConfig)
+    remote: Annotated[RemoteConfig, Meta(description="Object store tier, G4.")] = msgspec.field(
+        default_factory=RemoteConfig
+    )
     offload: Annotated[OffloadConfig, Meta(description="What goes down, and its limits.")] = msgspec.field(
         default_factory=OffloadConfig
     )
@@ -84,13 +89,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def is_offload_enabled(self) -> bool:
         """Whether there is a lower tier to offload to."""
-        return self.host.is_present or self.disk.is_present
+        return self.host.is_present or self.disk.is_present or self.remote.is_present
 
     def tier(self, tier: Tier | str) -> TierConfig:
-        """Give the section of a tier: "device", "host" or "disk"."""
+        """Give the section of a tier: "device", "host", "disk" or "remote"."""
         name = str(getattr(tier, "value", tier))
-        if name not in ("device", "host", "disk"):
-            raise refused(f"there is no tier {show(name)} in the configuration, give device, host or disk")
+        if name not in ("device", "host", "disk", "remote"):
+            raise refused(f"there is no tier {show(name)} in the configuration, give device, host, disk or remote")
         found: TierConfig = getattr(self, name)
         return found
 
@@ -100,14 +105,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Parameters
         ----------
         tier : Tier or str
-            "device", "host" or "disk".
+            "device", "host", "disk" or "remote".
         block_nbytes : int
             Bytes of one block in the tier's layout, padding included.
 
         Returns
         -------
         int
-            `num_blocks`, or as many whole blocks as fit into `size`; 0 where the tier is absent.
+            `num_blocks`, or as many whole blocks as fit into `size`; 0 where the tier is absent. For the remote tier
+            as many as are remembered.
 
         Raises
         ------
@@ -117,6 +123,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         config = self.tier(tier)
         if config.num_blocks is not None:
             return config.num_blocks
+        if config is self.remote and config.is_present:
+            return REMOTE_BLOCKS
         if config.nbytes is None:
             return 0
         num_blocks, path = config.nbytes // block_nbytes, f"{config.section}.size"
@@ -225,18 +233,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # -- private -----------------------------------------------------------------------------------------------
 
     def _check_offload(self) -> None:
-        lower = [tier.section for tier in (self.host, self.disk) if tier.is_present]
+        lower = [tier.section for tier in (self.host, self.disk, self.remote) if tier.is_present]
         if self.enable_offload is False and lower:
             keys = [f"{section}.{name}" for section in lower for name in ("num_blocks", "size")]
+            given = "remote.url" if lower[0] == "remote" else f"{lower[0]}.num_blocks and {lower[0]}.size"
             raise refused(
-                f"enable_offload is false and there is a {lower[0]} tier: leave {lower[0]}.num_blocks and "
-                f"{lower[0]}.size out, or leave enable_offload out",
+                f"enable_offload is false and there is a {lower[0]} tier: leave {given} out, or leave enable_offload "
+                "out",
                 *("enable_offload", *keys),
             )
         if self.enable_offload and not lower:
             raise refused(
-                "enable_offload is true and there is no lower tier: give host.num_blocks or host.size, or disk.path "
-                "with disk.num_blocks or disk.size",
+                "enable_offload is true and there is no lower tier: give host.num_blocks or host.size, disk.path with "
+                "disk.num_blocks or disk.size, or remote.url",
                 "enable_offload",
             )
 

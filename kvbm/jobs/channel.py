@@ -22,6 +22,7 @@ from kvbm.jobs.messages import CopyJob, Job, JobResult, Outcome, answer_all
 
 _log = logging.getLogger("kvbm.jobs")
 _BACKGROUND_NICENESS = 10
+_IO_THREADS = 2  # of a route to or from a storage without addresses: one job moves while the other begins or ends
 
 Execute = Callable[[Job, "float | None"], JobResult]
 Receive = Callable[[JobResult], None]
@@ -43,6 +44,9 @@ class JobChannel(Protocol):
 
     def revoke(self, job_id: int) -> bool:
         """Answer a job as late at once if it was not begun; return whether that was so, as far as this side knows."""
+
+    def knows(self, job_id: int) -> bool:
+        """Whether a job was taken and is not answered, as far as this side knows; True is always right."""
 
     def run_here(self, job_id: int) -> bool:
         """Run a job in this thread that was not begun and that cannot hang; return whether it was done.
@@ -106,11 +110,15 @@ class LocalChannel:
                 lane = self._lanes.get(name)
                 if lane is None:
                     is_urgent = isinstance(job, CopyJob) and job.is_urgent
-                    lane = self._lanes[name] = _Lane(name, self._run, is_urgent=is_urgent)
+                    num_threads = _IO_THREADS if isinstance(job, CopyJob) and not self._is_one_copy(job) else 1
+                    lane = self._lanes[name] = _Lane(name, self._run, is_urgent=is_urgent, num_threads=num_threads)
                 lane.put(job, deadline)  # under the lock: a lane that was told to finish takes nothing more
                 return
             self._callers.append(caller)
         self._run_as_caller(job, deadline)
+
+    def _is_one_copy(self, job: Job) -> bool:
+        return self._is_bounded is None or self._is_bounded(job)
 
     def _run_as_caller(self, job: Job, deadline: float | None) -> None:
         try:
@@ -119,6 +127,12 @@ class LocalChannel:
             with self._lock:
                 self._callers.remove(threading.get_ident())
                 self._lock.notify_all()
+
+    def knows(self, job_id: int) -> bool:
+        """Whether a job waits or runs."""
+        with self._lock:
+            lanes = list(self._lanes.values())
+        return any(lane.knows(job_id) for lane in lanes)
 
     def run_here(self, job_id: int) -> bool:
         """Run a job in this thread that no thread has begun and that cannot hang; return whether it was done."""
@@ -181,9 +195,11 @@ class LocalChannel:
 
 
 class _Lane:
-    """One thread and what waits for it, urgent jobs first; the thread starts with the first job."""
+    """Threads and what waits for them, urgent jobs first; the second thread starts when a second job waits."""
 
-    def __init__(self, name: str, run: Callable[[Job, float | None], None], *, is_urgent: bool) -> None:
+    def __init__(
+        self, name: str, run: Callable[[Job, float | None], None], *, is_urgent: bool, num_threads: int
+    ) -> None:
         self._run = run
         self._is_urgent = is_urgent  # as its first job: a route goes up or down
         self._urgent: deque[tuple[Job, float | None]] = deque()
@@ -191,13 +207,26 @@ class _Lane:
         self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back
         self._has_work = threading.Condition(self._lock)
         self._is_finishing = False
-        self._thread = threading.Thread(target=self._work, name=f"kvbm-{name}", daemon=True)
-        self._thread.start()
+        self._name = f"kvbm-{name}"
+        self._num_threads = num_threads
+        self._num_idle = 0
+        self._running: set[int] = set()
+        self._threads: list[threading.Thread] = []
+        self._start_thread()
 
     def put(self, job: Job, deadline: float | None) -> None:
         with self._lock:
             (self._urgent if isinstance(job, CopyJob) and job.is_urgent else self._others).append((job, deadline))
+            num_waiting = len(self._urgent) + len(self._others)
+            if num_waiting > self._num_idle and len(self._threads) < self._num_threads:
+                with contextlib.suppress(RuntimeError):  # there is one: it does with that
+                    self._start_thread()
             self._has_work.notify()
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
 
     def take_back(
         self, job_id: int | None, is_wanted: Callable[[Job], bool] = lambda job: True
@@ -215,16 +244,21 @@ class _Lane:
                     waiting.extend(kept)
             return taken
 
+    def knows(self, job_id: int) -> bool:
+        with self._lock:
+            return job_id in self._running or any(job.job_id == job_id for job, _ in (*self._urgent, *self._others))
+
     def finish(self) -> None:
         with self._lock:
             self._is_finishing = True
-            self._has_work.notify()
+            self._has_work.notify_all()
 
     def join(self, give_up: float | None) -> bool:
-        if self._thread is threading.current_thread():  # a callback closes the manager: it cannot wait for itself
-            return True
-        self._thread.join(remaining_s(give_up))
-        return not self._thread.is_alive()
+        # A callback may close the manager from one of them, which cannot wait for itself.
+        threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in threads:
+            thread.join(remaining_s(give_up))
+        return not any(thread.is_alive() for thread in threads)
 
     def _work(self) -> None:
         if not self._is_urgent:
@@ -234,12 +268,16 @@ class _Lane:
                 while not (self._urgent or self._others):
                     if self._is_finishing:
                         return
+                    self._num_idle += 1
                     self._has_work.wait()
+                    self._num_idle -= 1
                 job, deadline = (self._urgent or self._others).popleft()
+                self._running.add(job.job_id)
             try:
                 self._run(job, deadline)
             except BaseException:  # the jobs behind it still want their answers
                 _log.exception("a result could not be taken job_id=%d", job.job_id)
+            self._running.discard(job.job_id)
             del job
 
 

@@ -65,11 +65,15 @@ class CopyJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ForgetJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="forget"):
-    """Blocks of a tier that no restart may find, wherever they lie; with `is_all`, every block."""
+    """Blocks of a tier that no restart may find: in the slots given, or wherever they lie; with `is_all`, every block.
+
+    Slots are given where nobody waits for the answer: the same blocks may have come back, in others, by then.
+    """
 
     job_id: int
     tier: Tier
     hashes: npt.NDArray[np.uint64]
+    ids: npt.NDArray[np.int32] | None = None
     is_all: bool = False
 
 
@@ -139,6 +143,11 @@ def num_blocks_of(job: Job) -> int:
     return 0 if isinstance(job, InventoryJob) else len(job.hashes)
 
 
+def tiers_of(job: Job) -> tuple[Tier, ...]:
+    """Give the tiers that a job is about."""
+    return (job.source, job.destination) if isinstance(job, CopyJob) else (job.tier,)
+
+
 def answer_all(job: Job, outcome: Outcome, reason: str) -> JobResult:
     """Make the result of a job whose blocks all fared alike."""
     outcomes = np.full(num_blocks_of(job), outcome, dtype=np.uint8)
@@ -169,7 +178,9 @@ def decode_job(data: bytes) -> Job:
         if len(set(lengths.values())) > 1:
             raise MessageError(f"a {type(job).__name__} names different numbers of blocks: {lengths}")
         for name in ("ids", "source_ids", "destination_ids"):
-            _refuse_negative(getattr(job, name, EMPTY_IDS))
+            ids = getattr(job, name, None)
+            if ids is not None:
+                _refuse_negative(ids)
     if isinstance(job, CopyJob) and job.timeout_s is not None and math.isnan(job.timeout_s):
         raise MessageError("timeout_s is not a number, need the seconds that remain")
     return job  # type: ignore[no-any-return]

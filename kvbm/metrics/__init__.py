@@ -5,7 +5,8 @@ say so.
 """
 
 from kvbm.metrics.collector import KvbmCollector
+from kvbm.metrics.reading import Reading, SlabReading
 from kvbm.metrics.server import MetricsServer, serve_metrics
-from kvbm.metrics.table import METRICS, Metric, Reading
+from kvbm.metrics.table import METRICS, Metric
 
-__all__ = ["METRICS", "KvbmCollector", "Metric", "MetricsServer", "Reading", "serve_metrics"]
+__all__ = ["METRICS", "KvbmCollector", "Metric", "MetricsServer", "Reading", "SlabReading", "serve_metrics"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvbm.errors import ConfigError, PluginError
 from kvbm.manager import BlockManager
-from kvbm.metrics.table import METRICS, Metric, Reading, Rows
+from kvbm.metrics.reading import Reading
+from kvbm.metrics.table import METRICS, Metric, Rows
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

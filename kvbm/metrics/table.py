@@ -1,7 +1,6 @@
 """What metrics there are: one table, from which the collector and the documentation are made.
 
-Nothing is counted here: a `Reading` copies the plain counters that pools, planner and disk tier keep anyway, each under
-the lock of whoever keeps it. Needs no prometheus-client.
+Nothing is counted here, see `kvbm.metrics.reading`. Needs no prometheus-client.
 """
 
 from __future__ import annotations
@@ -10,71 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kvbm.histogram import Histogram
-from kvbm.manager import BlockManager
+from kvbm.metrics.reading import Reading, SlabReading
+from kvbm.planner import RouteEstimate
 from kvbm.planner.counters import PlannerStatistics, RouteCounters
 from kvbm.types import PoolStatus, Tier
 
 _TIER = ("tier",)
 _ROUTE = ("source", "destination")
-_DEPTHS = {tier.value: depth for depth, tier in enumerate(Tier)}
 
 Rows = Iterable[tuple[tuple[str, ...], Any]]  # label values, and a number or a Histogram
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The counters of one manager, copied for one scrape.
-
-    Attributes
-    ----------
-    pools : dict of str to PoolStatus
-        By tier, from the top down.
-    allocation_s : dict of str to Histogram
-        Seconds of allocations, by tier.
-    planner : PlannerStatistics
-    block_nbytes : dict of str to int
-        Bytes of a block, by tier.
-    disk : object, optional
-        `DiskCounters` of the disk tier; None without one.
-    is_direct : bool, optional
-        Whether the disk tier goes around the page cache; None without one.
-    """
-
-    pools: dict[str, PoolStatus]
-    allocation_s: dict[str, Histogram]
-    planner: PlannerStatistics
-    block_nbytes: dict[str, int]
-    disk: Any
-    is_direct: bool | None
-
-    @classmethod
-    def of(cls, manager: BlockManager) -> Reading:
-        """Copy a manager's counters; a closed manager gives its last ones."""
-        pools = {pool.tier.value: pool for pool in (manager.top, manager.host, manager.disk) if pool is not None}
-        storages = {tier: manager.storage(tier) for tier in pools}
-        disk = storages.get(Tier.DISK.value)
-        io_mode = getattr(disk, "io_mode", None)  # a storage of the user's own may stand in for the disk
-        return cls(
-            pools={tier: status for tier, status in manager.status().items() if tier in pools},
-            allocation_s={tier: pool.allocation_times() for tier, pool in pools.items()},
-            planner=manager.statistics(),
-            block_nbytes={tier: storage.layout.block_nbytes for tier, storage in storages.items()},
-            disk=getattr(disk, "counters", None),
-            is_direct=None if io_mode is None else io_mode == "direct",
-        )
-
-    def routes(self) -> dict[tuple[str, str], RouteCounters]:
-        """Give the counters by route: each pair of neighbours downwards, and from every lower tier to the top."""
-        tiers = list(self.pools)
-        found = {(tier, tiers[0]): RouteCounters() for tier in tiers[1:]}
-        found.update({(source.value, to.value): counters for (source, to), counters in self.planner.routes.items()})
-        return found
-
-    def is_offload(self, route: tuple[str, str]) -> bool:
-        """Whether a route leads down."""
-        source, destination = route
-        return _DEPTHS[source] < _DEPTHS[destination]
 
 
 @dataclass(frozen=True)
@@ -130,6 +73,23 @@ def _tiers(read: Callable[[PlannerStatistics], dict[str, int]]) -> Callable[[Rea
 
 def _disk(name: str) -> Callable[[Reading], Rows]:
     return lambda reading: [] if reading.disk is None else [((Tier.DISK.value,), getattr(reading.disk, name))]
+
+
+def _slab(read: Callable[[SlabReading], int]) -> Callable[[Reading], Rows]:
+    return lambda reading: [] if reading.slab is None else [((Tier.DISK.value,), read(reading.slab))]
+
+
+def _engine(reading: Reading) -> Rows:
+    slab = reading.slab
+    return [] if slab is None else [((Tier.DISK.value, slab.engine, slab.io_mode), 1)]
+
+
+def _remote(name: str) -> Callable[[Reading], Rows]:
+    return lambda reading: [] if reading.remote is None else [((Tier.REMOTE.value,), getattr(reading.remote, name))]
+
+
+def _estimates(read: Callable[[RouteEstimate], float]) -> Callable[[Reading], Rows]:
+    return lambda reading: [(route, read(estimate)) for route, estimate in reading.estimates.items()]
 
 
 def _drops(reading: Reading) -> Rows:
@@ -210,16 +170,18 @@ METRICS: tuple[Metric, ...] = (
         _routes(lambda counters: counters.nbytes, down=True),
     ),
     Metric(
-        "kvbm_onboard_blocks", "counter", _ROUTE, "blocks", "Blocks that arrived whole in the top tier.",
+        "kvbm_onboard_blocks", "counter", _ROUTE, "blocks",
+        "Blocks that arrived whole in the top tier, or in the host tier by a prefetch.",
         _routes(lambda counters: counters.blocks, down=False),
     ),
     Metric(
-        "kvbm_onboard_bytes", "counter", _ROUTE, "bytes", "Bytes of blocks that arrived whole in the top tier.",
+        "kvbm_onboard_bytes", "counter", _ROUTE, "bytes",
+        "Bytes of blocks that arrived whole in the top tier, or in the host tier by a prefetch.",
         _routes(lambda counters: counters.nbytes, down=False),
     ),
     Metric(
         "kvbm_joined_blocks", "counter", (), "blocks",
-        "Blocks that an onboard found on their way already and waited for.",
+        "Blocks that an onboard or a prefetch found on their way already and waited for.",
         lambda reading: [((), reading.planner.joined)],
     ),
     Metric(
@@ -254,6 +216,11 @@ METRICS: tuple[Metric, ...] = (
         _tiers(lambda planner: planner.mismatches),
     ),
     Metric(
+        "kvbm_expired_blocks", "counter", _TIER, "blocks",
+        "Blocks that left a tier because nobody had used them for its time to live.",
+        _tiers(lambda planner: planner.expired),
+    ),
+    Metric(
         "kvbm_lost_executors", "counter", (), "executors",
         "Executors that are gone; without one of them only the top tier is used.",
         lambda reading: [((), reading.planner.lost_executors)],
@@ -275,5 +242,114 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "kvbm_disk_is_direct", "gauge", _TIER, "0 or 1", "Whether the data file is used around the page cache.",
         lambda reading: [] if reading.is_direct is None else [((Tier.DISK.value,), int(reading.is_direct))],
+    ),
+    Metric(
+        "kvbm_disk_slot_bytes", "counter", _TIER, "bytes",
+        "Bytes of slots written whole since the start, padding included.",
+        _slab(lambda slab: slab.written_nbytes),
+    ),
+    Metric(
+        "kvbm_disk_slot_bytes_last_day", "gauge", _TIER, "bytes",
+        "Bytes of slots written whole in the last 24 hours, at most since the start.",
+        _slab(lambda slab: slab.day_nbytes),
+    ),
+    Metric(
+        "kvbm_disk_device_bytes", "counter", _TIER, "bytes",
+        "Bytes that the device has written to its medium for those slots, estimated from its page size.",
+        _slab(lambda slab: slab.device_nbytes),
+    ),
+    Metric(
+        "kvbm_disk_engine_info", "gauge", (*_TIER, "engine", "io_mode"), "1",
+        "Always 1: its labels name the engine that moves blocks, and how the data file is used.", _engine,
+    ),
+    Metric(
+        "kvbm_disk_sync_failures", "counter", _TIER, "syncs",
+        "Syncs of the data file that the system refused; what was written before may be lost in a power cut.",
+        _slab(lambda slab: slab.num_sync_failures),
+    ),
+    Metric(
+        "kvbm_disk_index_failures", "counter", _TIER, "writes and syncs",
+        "Writes and syncs of the index that the system refused; a restart may miss those blocks.",
+        _slab(lambda slab: slab.num_index_failures),
+    ),
+    Metric(
+        "kvbm_disk_damaged_records", "gauge", _TIER, "records",
+        "Records of the index that were not believed when the slab was opened; their blocks are misses.",
+        _slab(lambda slab: slab.num_damaged),
+    ),
+    Metric(
+        "kvbm_remote_read_blocks", "counter", _TIER, "blocks", "Blocks read from the object store.",
+        _remote("num_reads"),
+    ),
+    Metric(
+        "kvbm_remote_read_bytes", "counter", _TIER, "bytes", "Bytes of blocks read from there.",
+        _remote("read_nbytes"),
+    ),
+    Metric(
+        "kvbm_remote_written_blocks", "counter", _TIER, "blocks", "Blocks written to the object store.",
+        _remote("num_writes"),
+    ),
+    Metric(
+        "kvbm_remote_written_bytes", "counter", _TIER, "bytes", "Bytes of blocks written there.",
+        _remote("written_nbytes"),
+    ),
+    Metric(
+        "kvbm_remote_requests", "counter", _TIER, "requests", "Requests sent to the store, retries included.",
+        _remote("num_requests"),
+    ),
+    Metric(
+        "kvbm_remote_retries", "counter", _TIER, "requests", "Requests that were sent again.", _remote("num_retries"),
+    ),
+    Metric(
+        "kvbm_remote_failures", "counter", _TIER, "requests", "Requests that failed, time-outs included.",
+        _remote("num_failures"),
+    ),
+    Metric(
+        "kvbm_remote_timeouts", "counter", _TIER, "requests", "Requests that were given up when their time was over.",
+        _remote("num_timeouts"),
+    ),
+    Metric(
+        "kvbm_remote_late_blocks", "counter", _TIER, "blocks", "Blocks that a transfer gave up at its deadline.",
+        _remote("num_late"),
+    ),
+    Metric(
+        "kvbm_remote_absent_blocks", "counter", _TIER, "blocks", "Blocks that were asked for and not there.",
+        _remote("num_misses"),
+    ),
+    Metric(
+        "kvbm_remote_garbage_blocks", "counter", _TIER, "blocks",
+        "Objects under a right key that were not the block; each was a miss.", _remote("num_garbage"),
+    ),
+    Metric(
+        "kvbm_remote_breaker_opens", "counter", _TIER, "openings",
+        "Times that the store was given up for a while, after failures in a row.", _remote("num_breaker_opens"),
+    ),
+    Metric(
+        "kvbm_remote_is_available", "gauge", _TIER, "0 or 1",
+        "Whether the store is asked: 0 while the circuit breaker is open.",
+        lambda reading: [] if reading.is_available is None else [((Tier.REMOTE.value,), int(reading.is_available))],
+    ),
+    Metric(
+        "kvbm_tier_is_away", "gauge", _TIER, "0 or 1",
+        "Whether requests leave a tier out because it could not be reached a short while ago.",
+        lambda reading: [((tier,), int(is_away)) for tier, is_away in reading.away.items()],
+    ),
+    Metric(
+        "kvbm_pinned_blocks", "gauge", _TIER, "blocks", "Blocks that a pin keeps where they are.",
+        lambda reading: [((tier,), num_blocks) for tier, num_blocks in reading.pinned.items()],
+    ),
+    Metric(
+        "kvbm_route_latency_seconds", "gauge", _ROUTE, "seconds",
+        "Time of a job beside that of its bytes, as estimated from the jobs so far; absent before the first.",
+        _estimates(lambda estimate: estimate.latency_s),
+    ),
+    Metric(
+        "kvbm_route_bytes_per_second", "gauge", _ROUTE, "bytes a second",
+        "Speed of a job's bytes, as estimated from the jobs so far; absent before the first.",
+        _estimates(lambda estimate: estimate.bytes_per_s),
+    ),
+    Metric(
+        "kvbm_route_measured_jobs", "counter", _ROUTE, "jobs", "Jobs that those estimates have learnt from.",
+        _estimates(lambda estimate: estimate.num_jobs),
     ),
 )  # fmt: skip

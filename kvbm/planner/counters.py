@@ -22,7 +22,7 @@ class RouteCounters:
         That arrived whole.
     dropped : Counter of str
         Blocks that were not moved, by reason: "queue_full", "evicted", "orphaned", "no_room", "lost_events",
-        "policy_failed", "executor_lost", "reset", "closed", and by outcome "late", "failed", "corrupt".
+        "policy_failed", "write_budget", "executor_lost", "reset", "closed", and by outcome "late", "failed", "corrupt".
     present : int
         Blocks that were not moved because they were there, or on their way, already.
     queued, in_flight, draining : int
@@ -73,7 +73,9 @@ class PlannerStatistics:
     mismatches : Counter of str
         Blocks that did not match their checksum, by the tier they lay in.
     joined : int
-        Blocks that an onboard found on their way already.
+        Blocks that an onboard or a prefetch found on their way already.
+    expired : Counter of str
+        Blocks that left a tier because nobody had used them for its time to live, by tier.
     routes : dict of (Tier, Tier) to RouteCounters
     lost_executors : int
     """
@@ -82,6 +84,7 @@ class PlannerStatistics:
     misses: int = 0
     mismatches: Counter[str] = field(default_factory=Counter)
     joined: int = 0
+    expired: Counter[str] = field(default_factory=Counter)
     routes: dict[tuple[Tier, Tier], RouteCounters] = field(default_factory=dict)
     lost_executors: int = 0
 
@@ -99,6 +102,7 @@ class PlannerStatistics:
             misses=self.misses,
             mismatches=Counter(self.mismatches),
             joined=self.joined,
+            expired=Counter(self.expired),
             routes={key: counters.copy() for key, counters in self.routes.items()},
             lost_executors=self.lost_executors,
         )

@@ -81,16 +81,28 @@ class Dispatcher:
 
     def send(self, unsent: Unsent) -> None:
         """Hand jobs over, without the lock."""
+        if not unsent:
+            return
         try:
             while unsent:
-                rank, job = unsent.popleft()
+                rank, job = unsent[0]  # it stays there until it was handed over
                 try:
                     self._channels[rank].send(job)
                 except Exception as error:  # it was not taken: its sources are as good as ever
                     self._receive(rank, answer_all(job, Outcome.LATE, str(error)))
-        except BaseException:  # ctrl-C
+                unsent.popleft()
+        except BaseException:  # ctrl-C: perhaps in the middle of handing one over
+            self._give_up_first(unsent)
             self.give_up(unsent)
             raise
+
+    def _give_up_first(self, unsent: Unsent) -> None:
+        """Answer a job that may have been handed over, unless its channel will."""
+        if unsent:
+            rank, job = unsent[0]
+            channel = self._channels[rank]
+            if channel.revoke(job.job_id) or channel.knows(job.job_id):
+                unsent.popleft()
 
     def give_up(self, unsent: Unsent) -> None:
         """Answer what was opened and will not be sent."""
@@ -150,8 +162,19 @@ class Dispatcher:
     def _finish(self, ends: Iterable[After]) -> None:
         was_answering, self._own.is_answering = self.is_answering, True
         try:
-            for end in ends:
-                end()
+            _run_all(ends)
         finally:
             self._own.is_answering = was_answering
         self._settled()
+
+
+def _run_all(calls: Iterable[After]) -> None:
+    """Call each, also when one before it raises; then raise the first error."""
+    first: BaseException | None = None
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:  # ctrl-C: those behind it have their waiters too
+            first = first or error
+    if first is not None:
+        raise first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index as as_index
 from types import TracebackType
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from kvbm.blocks import ImmutableBlocks
 from kvbm.errors import BlockStateError
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray, IdArray, Places
+from kvbm.types import HashArray, IdArray, Places, Tier
 
 
 @dataclass
@@ -56,6 +57,42 @@ class Hit:
 
     def __len__(self) -> int:
         return self.num_blocks
+
+    def truncate(self, num_blocks: int) -> None:
+        """Keep the leading blocks and let go of those behind them, e.g. because they are sooner computed than loaded.
+
+        Parameters
+        ----------
+        num_blocks : int
+            0 or more; as many as there are, or more, changes nothing.
+
+        Raises
+        ------
+        BlockStateError
+            The hit is used up.
+        """
+        length = min(max(as_index(num_blocks), 0), self.num_blocks)
+        parts = self.take()
+        cut = [_cut(part, length) for part in parts]
+        self.hashes, self.num_blocks = self.hashes[:length], length
+        self.give_back([cut[0], *(part for part in cut[1:] if len(part.places))])
+
+    def tier_of_blocks(self) -> tuple[list[Tier], npt.NDArray[np.intp]]:
+        """Tell where each block lies: the tiers, and for each block, (num_blocks,) int, which of them.
+
+        Raises
+        ------
+        BlockStateError
+            The hit is used up.
+        """
+        parts = self.take()
+        self.give_back(parts)
+        tiers = list(dict.fromkeys(part.pool.tier for part in parts if len(part.places)))
+        where: Places = np.zeros(self.num_blocks, dtype=np.intp)
+        for part in parts:
+            if len(part.places):
+                where[part.places] = tiers.index(part.pool.tier)
+        return tiers, where
 
     def release(self) -> None:
         """Give the blocks back without using them, the deeper ones first; a second call does nothing."""

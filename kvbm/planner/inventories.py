@@ -32,7 +32,7 @@ def intersect(results: Mapping[int, JobResult], num_blocks: int) -> Inventory:
     if not found or any(batches is None for batches in found):
         return _EMPTY
     first, *others = (batches for batches in found if batches is not None)
-    is_kept = first[0] < num_blocks
+    is_kept = (first[0] >= 0) & (first[0] < num_blocks)
     for other in others:
         is_kept &= _is_in(first, other)
     places = _first_of_each(first[0], np.flatnonzero(is_kept))
@@ -66,6 +66,9 @@ def _is_in(one: Inventory, other: Inventory) -> npt.NDArray[np.bool_]:
 def _first_of_each(values: npt.NDArray[np.generic], places: Places) -> Places:
     """Of places with equal values, keep the first."""
     keys = values[places]
+    ordered = np.sort(keys if keys.ndim == 1 else keys[:, 0])
+    if not (ordered[1:] == ordered[:-1]).any():  # as a rule; two sorts are saved
+        return places
     order = np.argsort(keys, kind="stable") if keys.ndim == 1 else np.lexsort((keys[:, 1], keys[:, 0]))
     ordered = keys[order]
     is_repeated = np.zeros(len(keys), dtype=np.bool_)

@@ -21,11 +21,23 @@ class Limits:
         Jobs of one route that move or wait for the executor at once: enough to keep it busy, so that a job's time is
         its own.
     in_flight_share : float
-        Part of a pool that offloads of one route may hold.
+        Part of a pool that offloads of one route, or prefetches into it, may hold.
+    pin_share : float
+        Part of a pool that may be pinned.
+    prefetch_blocks : int
+        Blocks that prefetches may bring at once.
     onboard_timeout_s, offload_timeout_s : float
         Seconds a job may take before its waiter gives up, and before it counts as draining.
     lineage_blocks : int
         Hashes remembered to keep the parents of a block younger than the block in lower tiers.
+    probe_blocks : int
+        Blocks of one request that a keyed tier is asked for.
+    absent_blocks : int
+        Blocks remembered as absent in a keyed tier.
+    absent_s : float
+        Seconds until an absent block is asked for again.
+    away_s : float
+        Seconds that a tier which cannot be reached is left alone.
     touch_calls : int
         Hits whose recency waits to be told to lower tiers; the oldest are forgotten.
     """
@@ -34,17 +46,33 @@ class Limits:
     job_blocks: int = 64
     route_jobs: int = 4
     in_flight_share: float = 0.25
+    pin_share: float = 0.25
+    prefetch_blocks: int = 1024
     onboard_timeout_s: float = 30.0
     offload_timeout_s: float = 30.0
     lineage_blocks: int = 1 << 18
     touch_calls: int = 4096
+    probe_blocks: int = 64
+    absent_blocks: int = 1 << 16
+    absent_s: float = 10.0
+    away_s: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("queue_blocks", "job_blocks", "route_jobs", "lineage_blocks", "touch_calls"):
+        for name in (
+            "queue_blocks",
+            "job_blocks",
+            "route_jobs",
+            "lineage_blocks",
+            "touch_calls",
+            "prefetch_blocks",
+            "probe_blocks",
+            "absent_blocks",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, give 1 or more")
-        for name in ("onboard_timeout_s", "offload_timeout_s"):
+        for name in ("onboard_timeout_s", "offload_timeout_s", "absent_s", "away_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, give more than 0 seconds")
-        if not 0 < self.in_flight_share <= 1:
-            raise ConfigError(f"in_flight_share is {self.in_flight_share}, give a part of a pool, in (0, 1]")
+        for name in ("in_flight_share", "pin_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, give a part of a pool, in (0, 1]")

@@ -236,6 +236,7 @@ class OffloadRoute:
         source, is_there = self.source.hold_blocks(ids, hashes)
         if not is_there.all():
             source, is_there = self._without_orphans(source, hashes, parents, is_there)
+        source = self._without_unaffordable(source)
         target = self._find_room(len(source))
         if target is None:
             self._drop("no_room", len(source))
@@ -267,6 +268,23 @@ class OffloadRoute:
         orphans.release()
         return kept, is_kept
 
+    def _without_unaffordable(self, source: ImmutableBlocks) -> ImmutableBlocks:
+        """Let go of what the policy's budget has no room for; the leading blocks stay, others are found by them."""
+        num_blocks = len(source)
+        try:
+            num_affordable = min(num_blocks, max(0, int(self._policy.afford(num_blocks))))
+        except Exception:
+            _log.exception("offload policy failed policy=%s num_blocks=%d", type(self._policy).__name__, num_blocks)
+            reason, num_affordable = "policy_failed", 0
+        else:
+            reason = "write_budget"
+        if num_affordable == num_blocks:
+            return source
+        self._drop(reason, num_blocks - num_affordable)
+        source, rest = source.split(num_affordable)
+        rest.release()
+        return source
+
     def _find_room(self, n: int) -> MutableBlocks | None:
         if n == 0:
             return None
@@ -293,10 +311,10 @@ class OffloadRoute:
             load.source.release()
             return ()
         ok = entry.ok
-        unwanted = load.hashes[:0]
+        unwanted, unwanted_ids = load.hashes[:0], load.target.block_ids[:0]
         if load.unwanted:
             is_unwanted = np.array([key in load.unwanted for key in load.keys])
-            unwanted = load.hashes[is_unwanted]
+            unwanted, unwanted_ids = load.hashes[is_unwanted], load.target.block_ids[is_unwanted]
             self._drop("reset", int((ok & is_unwanted).sum()))
             ok &= ~is_unwanted
         arrived, hashes, parents, priorities = load.target, load.hashes, load.parents, load.priorities
@@ -334,7 +352,7 @@ class OffloadRoute:
                 "offload incomplete source=%s destination=%s num_blocks=%d num_moved=%d reason=%s",
                 *(tier.value for tier in self.key), len(ok), num_arrived, entry.reason,
             )  # fmt: skip
-        return [partial(self._records.forget_later, self.destination.tier, unwanted)] if len(unwanted) else ()
+        return [partial(self._records.forget_later, self.key[1], unwanted_ids, unwanted)] if len(unwanted) else ()
 
     # -- looking -----------------------------------------------------------------------------------------------
 

@@ -13,25 +13,32 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from kvbm.blocks import ImmutableBlocks
-from kvbm.errors import BlockStateError, ConfigError, PoolClosed
+from kvbm.errors import ConfigError, PoolClosed
 from kvbm.events import MigrationLog
 from kvbm.jobs import CopyJob, Job, JobChannel, Outcome, Transfer
+from kvbm.jobs.messages import tiers_of
+from kvbm.planner.advice import Advisor
 from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import PlannerStatistics
 from kvbm.planner.dispatch import Dispatcher, Settle, Unsent
+from kvbm.planner.estimates import Estimates
+from kvbm.planner.expiry import Expiry
 from kvbm.planner.flush import Flusher
 from kvbm.planner.hit import Hit, find_hit, find_sources, first_true
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
+from kvbm.planner.loading import Loader
 from kvbm.planner.offload import OffloadRoute
-from kvbm.planner.onboard import Onboarder
-from kvbm.planner.onboarding import Onboarding
+from kvbm.planner.pins import Pins
 from kvbm.planner.policies import OffloadPolicy
+from kvbm.planner.prefetch import Prefetch
+from kvbm.planner.presence import Presence
 from kvbm.planner.records import RecordKeeper
 from kvbm.planner.routes import make_routes
 from kvbm.planner.touches import Touches, take_all
@@ -39,7 +46,6 @@ from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
-_FAR_S = 1.0  # before a deadline: longer than a copy of one job takes
 _PAUSE_S = 2e-5  # after each offload job, so that a request that waits for the interpreter gets it
 
 
@@ -56,6 +62,10 @@ class Planner:
         One for each pair of neighbouring pools; default: write-through.
     recording_tiers : iterable of Tier
         Tiers whose executor keeps records that outlive the process: it is told of recency and of what to forget.
+    keyed_tiers : iterable of Tier
+        Tiers without slots, whose pool is what is known of them; see `Presence`.
+    ttls_s : mapping of Tier to float, optional
+        Seconds after which a block that nobody uses leaves a tier; a tier that is not named keeps its blocks.
     limits : Limits, optional
     clock : callable
         Gives seconds; monotonic.
@@ -68,6 +78,8 @@ class Planner:
         *,
         policies: Sequence[OffloadPolicy] | None = None,
         recording_tiers: Iterable[Tier] = (),
+        keyed_tiers: Iterable[Tier] = (),
+        ttls_s: Mapping[Tier, float] | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,30 +94,35 @@ class Planner:
         )
         self._locked, self._changed = self._dispatcher.locked, self._dispatcher.changed
         self._ledger = self._dispatcher.ledger
+        keyed = frozenset(keyed_tiers)
         self.records = RecordKeeper(
             recording_tiers,
+            keyed_tiers=keyed,
             next_id=self._ledger.next_id,
             submit=self._submit,
             timeout_s=self.limits.offload_timeout_s,
             clock=clock,
+        )
+        self.presences = tuple(
+            Presence(pool, limits=self.limits, next_id=self._ledger.next_id, submit=self._submit, clock=clock)
+            for pool in self.pools
+            if pool.tier in keyed
         )
         self._statistics = PlannerStatistics()
         self._counting = threading.Lock()  # guards hits and misses, so that a look-up never waits for a pump
         self._logs: tuple[MigrationLog, ...] = ()
         self._wake: Callable[[], None] | None = None
         self._is_closed = self._are_pools_closed = False
-        self._looks_at = math.inf  # when whoever pumps will do so at the latest
         self._lineages = Lineages(self.limits.lineage_blocks)
+        moving: dict[str, Any] = {
+            "limits": self.limits,
+            "statistics": self._statistics,
+            "next_id": self._ledger.next_id,
+            "moved": self._moved,
+            "complaints": self._complaints,
+        }
         self._routes, counting = make_routes(
-            self.pools,
-            policies,
-            limits=self.limits,
-            statistics=self._statistics,
-            lineages=self._lineages,
-            next_id=self._ledger.next_id,
-            moved=self._moved,
-            complaints=self._complaints,
-            records=self.records,
+            self.pools, policies, lineages=self._lineages, records=self.records, **moving
         )
         self._touches = Touches(
             pools[1:],
@@ -114,16 +131,14 @@ class Planner:
             dispatcher=self._dispatcher,
             max_calls=self.limits.touch_calls,
         )
-        self._onboarder = Onboarder(
-            pools[0],
-            limits=self.limits,
-            statistics=self._statistics,
-            next_id=self._ledger.next_id,
-            moved=self._moved,
-            clock=clock,
-            complaints=self._complaints,
-            records=self.records,
+        self.estimates = Estimates(pools[0].tier, clock=clock)
+        shared: dict[str, Any] = {"need_open": self._need_open, "poke": self._poke, "clock": clock}
+        self.loader = Loader(self._usable_pools, dispatcher=self._dispatcher, **moving, **shared)
+        self.advisor = Advisor(
+            self.estimates, self.loader, top=pools[0].tier, job_blocks=self.limits.job_blocks, clock=clock
         )
+        self.pins = Pins(self.pools, share=self.limits.pin_share, locked=self._locked, **shared)
+        self._expiry = Expiry(self.pools, ttls_s or {}, statistics=self._statistics, records=self.records, clock=clock)
         self._flusher = Flusher(self._dispatcher, self._routes, pump=self.pump, need_open=self._need_open, clock=clock)
         self._dispatcher.start()
 
@@ -145,6 +160,10 @@ class Planner:
             self._statistics.misses += len(names) - len(hit)
         if self._routes and len(hit) and self._touches.note(hit.hashes):
             self._poke()
+        if self.presences and len(hit) < len(names):
+            for presence in self.presences:
+                presence.want(names, len(hit))
+            self._poke()
         return hit
 
     def lookup(self, hashes: HashArray) -> int:
@@ -154,40 +173,16 @@ class Planner:
 
     def onboard(self, hit: Hit, timeout_s: float | None = None) -> Transfer[ImmutableBlocks]:
         """Bring the blocks of a hit into the top tier; see `BlockManager.onboard`."""
-        parts = hit.take()
-        if parts[0].pool is not self.pools[0]:
-            hit.give_back(parts)
-            raise BlockStateError("this hit is of another manager, which alone can onboard it")
-        if len(parts) == 1:
-            return Transfer.completed(parts[0].blocks)
-        timeout_s = self.limits.onboard_timeout_s if timeout_s is None else timeout_s
-        transfer: Transfer[ImmutableBlocks] = Transfer(
-            deadline_s=timeout_s,
-            clock=self._clock,
-            on_deadline=lambda: self._expire(onboarding),
-            on_wait=lambda: self._run_here(jobs, onboarding),
-        )
-        onboarding = Onboarding(self.pools[0], hit.hashes, transfer, deadline=self._clock() + timeout_s)
-        jobs: list[CopyJob] = []
-        unsent: Unsent = deque()
-        try:
-            with self._locked():
-                self._need_open()
-                jobs += self._onboarder.begin(onboarding, parts, timeout_s)
-                for job in jobs:
-                    self._dispatcher.open(job, self._onboarder.settle, timeout_s, unsent)
-            if onboarding.is_settled:  # everything lay in the top tier
-                self._expire(onboarding)
-            transfer.add_done_callback(lambda _: self._ended(onboarding))
-        except BaseException:
-            if not onboarding.is_begun:
-                hit.give_back(parts)
-            self._dispatcher.give_up(unsent)
-            raise
-        self._dispatcher.send(unsent)
-        if onboarding.deadline < self._looks_at and not transfer.done():
-            self._poke()  # whoever pumps would come too late to end it
-        return transfer
+        return self.loader.onboard(hit, timeout_s)
+
+    def prefetch(self, hashes: HashArray, timeout_s: float | None = None) -> Prefetch:
+        """Bring blocks up in the background; see `BlockManager.prefetch`."""
+        names = hash_array(hashes)
+        prefetch = self.loader.prefetch(names, timeout_s)
+        for presence in self.presences:
+            presence.ask(names, lambda found: self.loader.prefetch(found, timeout_s))
+            self._poke()
+        return prefetch
 
     def prioritise(self, hashes: HashArray, priority: int) -> int:
         """Set how long blocks are kept, in every tier; return how many the top tier has."""
@@ -211,13 +206,15 @@ class Planner:
                 if self._is_closed:
                     return False
                 overdue = self._note_overdue()
-                expired = self._onboarder.expired(self._clock())
+                expired = self.loader.expired(self._clock())
             self._dispatcher.revoke(overdue)
             for onboarding in expired:
                 onboarding.transfer.done()  # looks at its deadline, for a waiter that only asked to be called back
+            self.pins.expire()
+            has_news = self._expiry.step()
             touched = self._touches.spread()
             num_jobs = sum(self._emit(route) for route in self._routes)
-            has_news = False
+            num_jobs += sum(presence.step() for presence in self.presences)
             for route in self._routes:
                 with self._locked():
                     has_news |= route.collect()
@@ -241,6 +238,8 @@ class Planner:
                         return num_jobs
                     if self._statistics.lost_executors:
                         route.drop_queue("executor_lost")
+                    if any(presence.is_away and presence.pool is route.destination for presence in self.presences):
+                        route.drop_queue("away")
                     job = route.emit()
                     if job is None:
                         return num_jobs
@@ -257,9 +256,10 @@ class Planner:
         with self._locked():
             if self._is_closed:
                 return None
-            moments = [self._ledger.next_due_at(), self._onboarder.next_deadline()]
+            moments = [self._ledger.next_due_at(), self.loader.next_deadline(), self.pins.next_end()]
+        moments.append(self._expiry.next_look())
         due_at = min((moment for moment in moments if moment is not None), default=None)
-        self._looks_at = math.inf if due_at is None else due_at
+        self.loader.looks_at = math.inf if due_at is None else due_at
         return None if due_at is None else max(0.0, due_at - self._clock())
 
     def flush(self, timeout_s: float | None = None) -> None:
@@ -268,6 +268,7 @@ class Planner:
 
     def reset_pool(self, pool: BlockPool, timeout_s: float | None = None) -> int:
         """Forget every block of a pool, offloads in flight waited for; see `BlockManager.reset_pool`."""
+        self.pins.refuse_reset(pool)
         with self._flusher.calm(pool, timeout_s):
             return self.records.reset_pool(pool)
 
@@ -293,11 +294,12 @@ class Planner:
             for route in self._routes:
                 route.close()
             error = PoolClosed("the manager was closed while blocks were on their way")
-            ends: list[After] = [onboarding.finish(error) for onboarding in self._onboarder.loading]
+            ends: list[After] = [onboarding.finish(error) for onboarding in self.loader.loading()]
             ends.append(partial(self.records.close, error))
             self._changed.notify_all()
         for end in ends:
             end()
+        self.pins.unpin()
         are_ended = self._dispatcher.close(timeout_s)
         if not are_ended:
             _log.warning("close: executors still work num_jobs=%d; what they write into stays held", len(self._ledger))
@@ -339,7 +341,10 @@ class Planner:
     # -- private -----------------------------------------------------------------------------------------------
 
     def _usable_pools(self) -> Sequence[BlockPool]:
-        return self.pools[:1] if self._statistics.lost_executors else self.pools
+        if self._statistics.lost_executors:
+            return self.pools[:1]
+        away = [presence.pool for presence in self.presences if presence.is_away]
+        return [pool for pool in self.pools if pool not in away] if away else self.pools
 
     def _need_open(self) -> None:
         if self._is_closed:
@@ -364,6 +369,10 @@ class Planner:
     def _settling(self, entry: OpenJob) -> None:
         job = entry.job
         entry.is_too_late = self._are_pools_closed
+        for presence in self.presences:
+            if presence.tier in tiers_of(job):
+                presence.answered(entry.results.values())
+        self.estimates.observe(entry)
         if isinstance(job, CopyJob):
             if entry.is_draining:
                 self._statistics.route(job.source, job.destination).draining -= len(job.hashes)
@@ -378,20 +387,3 @@ class Planner:
             level = self._complaints.level("job overdue")
             _log.log(level, "job overdue job_id=%d kind=%s", entry.job.job_id, type(entry.job).__name__)
         return [entry.job for entry in overdue]
-
-    def _run_here(self, jobs: Sequence[CopyJob], onboarding: Onboarding) -> None:
-        """Make copies in the thread that waits for them, as long as its deadline is far."""
-        for job in jobs:
-            if onboarding.deadline - self._clock() < _FAR_S:
-                return
-            self._dispatcher.run_here(job)
-
-    def _expire(self, onboarding: Onboarding) -> None:
-        with self._locked():
-            end = onboarding.finish()
-        end()
-
-    def _ended(self, onboarding: Onboarding) -> None:
-        if onboarding.transfer.cancelled():
-            with self._locked():
-                onboarding.abandon()

@@ -22,7 +22,7 @@ from kvbm.jobs import ForgetJob, InventoryJob, Job, ProbeJob, TouchedJob, Transf
 from kvbm.planner.inventories import intersect
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray, ResetBlocksResponse, Tier, hash_array
+from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
 _TOUCH_BATCHES = 4096  # that wait for a slow executor; the oldest are forgotten
@@ -42,6 +42,8 @@ class RecordKeeper:
     ----------
     tiers : iterable of Tier
         Those whose executor keeps records.
+    keyed_tiers : iterable of Tier
+        Those of them that others share, and whose pool is only what is known of them.
     next_id : callable
         Gives job numbers; safe from any thread.
     submit : Submit
@@ -55,12 +57,14 @@ class RecordKeeper:
         self,
         tiers: Iterable[Tier],
         *,
+        keyed_tiers: Iterable[Tier] = (),
         next_id: Callable[[], int],
         submit: Submit,
         timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
         self.tiers = frozenset(tiers)
+        self.keyed_tiers = frozenset(keyed_tiers)
         self._next_id = next_id
         self._submit = submit
         self._timeout_s = timeout_s
@@ -108,10 +112,10 @@ class RecordKeeper:
             self._forget(pool.tier, np.empty((0, 2), dtype=np.uint64), is_all=True)
         return num_blocks
 
-    def forget_later(self, tier: Tier, hashes: HashArray) -> None:
-        """Send that no restart shall find these blocks, without waiting for it."""
+    def forget_later(self, tier: Tier, ids: IdArray, hashes: HashArray) -> None:
+        """Send that no restart shall find these blocks in these slots, without waiting for it."""
         if tier in self.tiers and len(hashes):
-            self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes))
+            self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes, ids=ids))
 
     def _forget(self, tier: Tier, hashes: HashArray, *, is_all: bool = False) -> None:
         if not len(hashes) and not is_all:
@@ -137,7 +141,7 @@ class RecordKeeper:
 
     def touch(self, pool: BlockPool, batches: Sequence[HashArray]) -> None:
         """Tell the executors of a pool's tier what was used, in order."""
-        if pool.tier not in self.tiers:
+        if pool.tier not in self.tiers - self.keyed_tiers:
             return
         waiting = self._touched[pool.tier]
         waiting.extend(batches)

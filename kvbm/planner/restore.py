@@ -20,7 +20,7 @@ def restore_pools(pools: Iterable[BlockPool], records: RecordKeeper) -> int:
     """
     num_blocks = 0
     for pool in pools:
-        if pool.tier not in records.tiers:
+        if pool.tier not in records.tiers - records.keyed_tiers:
             continue
         began = time.monotonic()
         try:

@@ -55,9 +55,5 @@ def make_routes(
         )
         for (source, destination), policy in zip(pairs, chosen, strict=True)
     ]
-    counting = [route for route, policy in zip(routes, chosen, strict=True) if _counts_uses(policy)]
+    counting = [route for route, policy in zip(routes, chosen, strict=True) if policy.counts_uses]
     return routes, counting
-
-
-def _counts_uses(policy: OffloadPolicy) -> bool:
-    return type(policy).used is not OffloadPolicy.used

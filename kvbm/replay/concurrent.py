@@ -17,7 +17,7 @@ from kvbm.errors import ConfigError
 from kvbm.manager import BlockManager
 from kvbm.replay.report import Baseline, ReplayReport
 from kvbm.replay.request import hashes_of, serve
-from kvbm.replay.run import FLUSH_TIMEOUT_S, ROOM_TIMEOUT_S
+from kvbm.replay.run import FLUSH_TIMEOUT_S, ROOM_TIMEOUT_S, OnServed
 from kvbm.replay.traces import TraceRequest
 from kvbm.types import HashArray
 
@@ -35,6 +35,7 @@ def replay_concurrently(
     speed: float | None = None,
     report: ReplayReport | None = None,
     on_progress: Callable[[ReplayReport], None] | None = None,
+    on_served: OnServed | None = None,
     now: Callable[[], float] = time.monotonic,
     wait: Wait = threading.Condition.wait,
 ) -> ReplayReport:
@@ -54,6 +55,8 @@ def replay_concurrently(
         Filled as the replay goes; its `seconds` is the time from the first request to the last.
     on_progress : callable, optional
         Called with the report now and then, in the caller's thread.
+    on_served : callable, optional
+        Told of each request that has ended, in any thread: which of those given, its hashes, and what came of it.
     now, wait : callable
         The clock, in seconds, and how to wait for a condition for so many of them.
 
@@ -91,6 +94,8 @@ def replay_concurrently(
                     schedule.end(task)
                 if report.add(served, until=seconds_before + time.perf_counter() - began):
                     report.take_point(manager)
+                if on_served is not None:
+                    on_served(task.index, task.hashes, served)
         except BaseException as error:
             schedule.stop(error)
 
@@ -122,6 +127,7 @@ def replay_concurrently(
 class _Task:
     """A request that may run once its session is free, its time has come and its blocks fit."""
 
+    index: int  # in the order given
     hashes: HashArray
     session: str
     due_at: float
@@ -156,6 +162,7 @@ class _Schedule:
         self._waiting: list[_Task] = []  # in order
         self._sessions: set[str] = set()  # that have a request running
         self._num_blocks = 0  # of the requests that run
+        self._num_read = 0  # requests
         self._is_over = False
         self._error: BaseException | None = None
 
@@ -211,7 +218,8 @@ class _Schedule:
             else:
                 hashes = hashes_of(self._manager, request)
                 num_held = len(hashes) if len(hashes) <= self._manager.top.total_blocks else 0  # it will be refused
-                self._waiting.append(_Task(hashes, request.session, self._due_at(request), num_held))
+                self._waiting.append(_Task(self._num_read, hashes, request.session, self._due_at(request), num_held))
+                self._num_read += 1
 
     def _due_at(self, request: TraceRequest) -> float:
         if self._speed is None:

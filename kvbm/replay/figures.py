@@ -95,6 +95,15 @@ def draw_figures(report: ReplayReport, curve: ReuseCurve) -> list[tuple[str, str
                 lambda axes: _latencies(axes, report),
             )
         )
+    if report.warm_start is not None and report.warm_start.window_requests:
+        figures.append(
+            (
+                "First requests after the start",
+                "Blocks found in each tier, where the disk tier held something already; what the same requests would "
+                "have found in empty tiers, from their reuse distances; and the first requests of the trace.",
+                lambda axes: _warm_start(axes, report),
+            )
+        )
     return [(title, caption, _svg(title, draw)) for title, caption, draw in figures]
 
 
@@ -214,6 +223,34 @@ def _latencies(axes: Any, report: ReplayReport) -> None:
     axes.set(xscale="log", xlim=(low / 1.6, high * 1.6), xlabel="time of one call")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _duration(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _warm_start(axes: Any, report: ReplayReport) -> None:
+    warm = report.warm_start
+    assert warm is not None, "drawn only where there is one"
+    bars = [
+        (f"first {warm.window_requests:,} requests,\nwarm", warm.rates),
+        ("the same,\nempty tiers", warm.empty_rates),
+    ]
+    if warm.cold_rates is not None:
+        bars.append(("first of the trace,\ncold", warm.cold_rates))
+    for place, (_, rates) in enumerate(bars):
+        found = 0.0
+        for tier in report.capacity_by_tier:
+            rate = rates.get(tier, 0.0)
+            label = tier if not place else None
+            axes.barh(place, rate, left=found, height=0.62, color=TIER_COLORS[tier], label=label)
+            found += rate
+        axes.annotate(
+            f"{found:.1%}, disk {rates.get('disk', 0.0):.1%}", (found, place), xytext=(5, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set_ylim(max(len(bars), 4) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="blocks found", xlim=(0, 1.35 * max(0.05, *(sum(rates.values()) for _, rates in bars))))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _legend(axes)
 
 
 def _legend(axes: Any, *, num_columns: int = 4) -> None:

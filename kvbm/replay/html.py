@@ -109,7 +109,7 @@ def render_page(
 <div class="cards">{_cards(report)}</div>
 <div class="figures">
 {figures}
-<section class="box">{_table("Configuration", configuration.items())}</section>
+{_warm_start(report)}<section class="box">{_table("Configuration", configuration.items())}</section>
 </div>
 <section class="all">{_table("All figures", report.rows())}</section>
 </body>
@@ -124,6 +124,7 @@ def _cards(report: ReplayReport) -> str:
         *((f"{rate:.2%}", f"found in {tier}", "") for tier, rate in rates.items() if len(rates) > 1),
         (f"{report.requests:,}", "requests", ""),
         (f"{report.blocks:,}", "blocks", ""),
+        *([(f"{report.warm_start.restored_blocks:,}", "blocks restored", "")] if report.warm_start else []),
         (f"{report.wrong_bytes:,}", "wrong bytes", "bad" if report.wrong_bytes else ""),
         (f"{report.seconds:,.1f} s", "time", ""),
     ]
@@ -141,7 +142,18 @@ def _notes(report: ReplayReport) -> str:
         notes.append(f"{report.wrong_bytes:,} wrong bytes, first in {report.first_wrong}.")
     if report.held_blocks:
         notes.append(f"{report.held_blocks:,} blocks were still held when everything was over.")
-    return "\n".join(f'<p class="bad">{escape(note)}</p>' for note in notes)
+    lines = [f'<p class="bad">{escape(note)}</p>' for note in notes]
+    return "\n".join(lines + [f"<p>{escape(_sentence(warning))}</p>" for warning in report.warnings])
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _warm_start(report: ReplayReport) -> str:
+    if report.warm_start is None:
+        return ""
+    return f'<section class="box">{_table("Warm start", report.warm_start.rows())}</section>\n'
 
 
 def _table(caption: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -6,10 +6,11 @@ length of the trace.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -17,6 +18,11 @@ from rich.table import Table
 from kvbm.manager import BlockManager
 from kvbm.replay.series import Point, Samples, Series
 from kvbm.types import Tier
+
+if TYPE_CHECKING:
+    from kvbm.replay.warm_start import WarmStart
+
+_MIN_GROWTH = 2  # of a tier that holds copies of the one above
 
 CALLS = ("match", "onboard", "allocate", "register", "release", "flush")
 
@@ -69,6 +75,7 @@ class ReplayReport:
     first_wrong: str = ""  # the first block with a wrong byte
     seconds: float = 0.0  # spent on requests: the manager's calls, making and comparing bytes
     is_partial: bool = False  # interrupted
+    warm_start: WarmStart | None = None  # where the disk tier held something when the replay began
     call_ns: dict[str, Samples] = field(default_factory=lambda: {call: Samples() for call in CALLS})
     series: Series = field(default_factory=Series)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -129,6 +136,17 @@ class ReplayReport:
         return (self.written_bytes + self.verified_bytes) / self.seconds / 1e9 if self.seconds else 0.0
 
     @property
+    def warnings(self) -> list[str]:
+        """What about the sizes of the tiers keeps them from helping."""
+        present = [(tier, size) for tier, size in self.capacity_by_tier.items() if size]
+        return [
+            f"{lower} has {size:,} blocks, {upper} above it {above:,}: it holds copies of what lies there, so it adds "
+            f"{f'at most {size - above:,}' if size > above else 'nothing'}; give it twice as many or more"
+            for (upper, above), (lower, size) in itertools.pairwise(present)
+            if size < _MIN_GROWTH * above
+        ]
+
+    @property
     def is_failed(self) -> bool:
         """Whether something was wrong that no workload can excuse: a wrong byte, or a block that stayed held."""
         return bool(self.wrong_bytes or self.held_blocks)
@@ -168,6 +186,8 @@ class ReplayReport:
             "gigabytes_per_second": self.gigabytes_per_second,
             "seconds": self.seconds,
             "is_partial": self.is_partial,
+            "warnings": self.warnings,
+            "warm_start": None if self.warm_start is None else self.warm_start.to_dict(),
             "call_us": {
                 call: {"p50": self.percentile_us(call, 50), "p99": self.percentile_us(call, 99)} for call in CALLS
             },
@@ -207,7 +227,7 @@ class ReplayReport:
         for call in self.calls:
             times = f"{self.percentile_us(call, 50):,.1f} / {self.percentile_us(call, 99):,.1f} us"
             rows.append((f"{call}, p50 / p99", times))
-        return rows
+        return rows + ([] if self.warm_start is None else self.warm_start.rows())
 
     def to_table(self, title: str) -> Table:
         """Give a table for a terminal."""
@@ -218,6 +238,8 @@ class ReplayReport:
             table.add_row(what, value)
         if self.held_blocks:
             table.add_row("blocks still held", f"[red]{self.held_blocks:,}[/red]")
+        for warning in self.warnings:
+            table.add_row("[yellow]warning[/yellow]", f"[yellow]{warning}[/yellow]")
         color = "red" if self.wrong_bytes else "green"
         table.add_row("wrong bytes", f"[{color}]{self.wrong_bytes:,}[/{color}]")
         return table

@@ -204,8 +204,17 @@ class Storage(ABC):
         """Tell which slots hold whole blocks of these hashes, as far as the storage knows: (num_blocks,) bool."""
         return np.array(self.has_checksum[block_ids])
 
-    def forget(self, hashes: HashArray) -> None:  # noqa: B027  (memory forgets by itself)
-        """Make sure that no restart finds these blocks, wherever they lie; raises `OSError` where that failed."""
+    def forget(self, hashes: HashArray, block_ids: IdArray | None = None) -> None:  # noqa: B027
+        """Make sure that no restart finds these blocks, in these slots or, None, wherever they lie.
+
+        Raises
+        ------
+        OSError
+            That failed.
+        """
+
+    def disown(self, block_ids: IdArray, hashes: HashArray) -> None:  # noqa: B027  (memory forgets by itself)
+        """Note that what was read from these slots did not match its checksum; nobody else uses them."""
 
     def clear(self) -> None:  # noqa: B027
         """Make sure that no restart finds any block that was written before; raises `OSError` where that failed."""

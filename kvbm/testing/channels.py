@@ -76,6 +76,10 @@ class SteppedChannel:
         """Nothing: what is sent here counts as begun, so that its bytes may come late."""
         return False
 
+    def knows(self, job_id: int) -> bool:
+        """Whether a job waits."""
+        return any(job.job_id == job_id for job in self.waiting)
+
     def run_here(self, job_id: int) -> bool:
         """Nothing: a job runs when it is told to."""
         return False

@@ -180,9 +180,13 @@ class FaultyStorage(Storage):
         """Tell which slots hold whole blocks of these hashes: (num_blocks,) bool."""
         return self.storage.holds(block_ids, hashes)
 
-    def forget(self, hashes: HashArray) -> None:
+    def disown(self, block_ids: IdArray, hashes: HashArray) -> None:
+        """Note in the wrapped storage that what was read was bad."""
+        self.storage.disown(block_ids, hashes)
+
+    def forget(self, hashes: HashArray, block_ids: IdArray | None = None) -> None:
         """Make the wrapped storage forget these blocks."""
-        self.storage.forget(hashes)
+        self.storage.forget(hashes, block_ids)
 
     def clear(self) -> None:
         """Forget every block of the wrapped storage."""

@@ -1,8 +1,9 @@
 """A planner over three tiers, driven one step at a time by a schedule, with every byte checked.
 
 A schedule is a list of (operation, number): requests that match, onboard, fill, register and release; jobs that are
-executed in any order, late, or badly; time that passes; bits that flip; ranks that disagree or die. Whatever it does:
-a request never sees a wrong byte, and in the end nothing is held, nothing waits and every pool keeps its invariants.
+executed in any order, late, or badly; pins and prefetches; time that passes, after which blocks leave; bits that flip;
+ranks that disagree or die. Whatever it does: a request never sees a wrong byte, and in the end nothing is held, nothing
+waits and every pool keeps its invariants.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable, PoolClosed, T
 from kvbm.executor import Executor
 from kvbm.jobs import CopyJob, Outcome, Transfer
 from kvbm.layout import BlockLayout
-from kvbm.planner import Limits, OffloadPolicy, Planner
+from kvbm.planner import Limits, OffloadPolicy, Planner, Prefetch
 from kvbm.pool import BlockPool
 from kvbm.storage import DeviceStorage, HostStorage
 from kvbm.storage.base import Storage
@@ -28,11 +29,12 @@ from kvbm.types import HashArray, SequenceHash, Tier
 
 NUM_BLOCKS = {Tier.DEVICE: 6, Tier.HOST: 9, Tier.DISK: 12}
 TIMEOUT_S = 30.0
+TTLS_S = {Tier.HOST: 50.0, Tier.DISK: 90.0}
 OPERATIONS = (
     "nothing", "request", "request", "request", "request", "finish", "finish", "release", "release", "serve", "serve",
     "twins", "pump", "step", "step", "step", "settle", "settle", "evict", "evict",
     "fail", "garble", "late", "pass_time", "cancel", "flip", "flip", "reset_blocks", "reset_pool", "prioritise",
-    "peek", "abandon", "lose",
+    "peek", "abandon", "lose", "pin", "unpin", "prefetch", "expect", "expect", "cancel_prefetch",
 )  # fmt: skip
 
 Schedule = list[tuple[str, int]]
@@ -78,8 +80,10 @@ class TierSchedules:
             self.channels,
             policies=self.make_policies(),
             limits=Limits(queue_blocks=6, job_blocks=3, in_flight_share=0.5, onboard_timeout_s=TIMEOUT_S),
+            ttls_s=TTLS_S,
             clock=self.clock,
         )
+        self.prefetches: list[Prefetch] = []
         self.loading: list[_Request] = []
         self.held: list[_Request] = []
         self.top = self.ranks[0][tiers[0]].layout.block_nbytes
@@ -118,8 +122,10 @@ class TierSchedules:
             self.close_first()
         else:
             self.drain_first()
-        for request in [*self.loading, *self.held]:
-            assert request.transfer.done()
+        transfers: list[Transfer[Any]] = [request.transfer for request in [*self.loading, *self.held]]
+        for transfer in [*transfers, *self.prefetches]:
+            assert transfer.done()
+            assert not transfer.is_draining
         for pool in self.pools:
             pool.check()
             status = pool.status()
@@ -135,6 +141,7 @@ class TierSchedules:
             self.do_finish(0)
         while self.held:
             self.do_release(0)
+        self.planner.pins.unpin()
         self.do_settle(0)
         statistics = self.planner.statistics()
         for counters in statistics.routes.values():
@@ -243,6 +250,42 @@ class TierSchedules:
         blocks = self.pools[0].try_allocate_blocks(1 + number % NUM_BLOCKS[Tier.DEVICE])
         if blocks is not None:
             blocks.release()
+
+    # -- what is expected, and what is kept -----------------------------------------------------------------------
+
+    def do_prefetch(self, number: int) -> None:
+        """Stage a chain below the top."""
+        prefetch = self.planner.loader.prefetch(chain_of(number % 8, 5), TIMEOUT_S)
+        assert prefetch.accepted + prefetch.clipped + prefetch.rejected == 5
+        self.prefetches.append(prefetch)
+
+    def do_expect(self, number: int) -> None:
+        """Prefetch a chain that lies on disk alone, and let a request come before it is there."""
+        self.do_settle(0)
+        self.do_evict(5)
+        self.planner.reset_blocks(self.pools[1], chain_of(number % 8, 5))
+        self.do_prefetch(number)
+        self.do_request(number)
+
+    def do_cancel_prefetch(self, number: int) -> None:
+        """Cancel a prefetch, or look at what it brought."""
+        if self.prefetches:
+            prefetch = self.prefetches[number % len(self.prefetches)]
+            if not prefetch.cancel() and not prefetch.cancelled():
+                assert 0 <= prefetch.result(0) <= prefetch.accepted
+
+    def do_pin(self, number: int) -> None:
+        """Pin a chain for a while."""
+        hashes = chain_of(number % 8, 5)
+        num_pinned = self.planner.pins.pin(hashes, 1 + number)
+        assert 0 <= num_pinned <= 5
+        if num_pinned == 5:
+            self.do_evict(NUM_BLOCKS[Tier.DEVICE] - 1)
+            assert self.planner.lookup(hashes) == 5 or self.planner.statistics().lost_executors
+
+    def do_unpin(self, number: int) -> None:
+        """Let go of a pinned chain."""
+        self.planner.pins.unpin(chain_of(number % 8, 5))
 
     # -- jobs --------------------------------------------------------------------------------------------------
 

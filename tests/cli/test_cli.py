@@ -176,6 +176,22 @@ def test_info_tells_the_twin_and_the_machine() -> None:
     assert "backend reason" in run("info").stdout
 
 
+def test_info_tries_out_a_directory_for_a_disk_tier_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = json.loads(run("info", "--json", "--disk-path", str(tmp_path)).stdout)["disk"]
+    assert disk["engine"] in ("uring", "threads", "python")
+    assert disk["io_mode"] in ("direct", "buffered")
+    assert disk["directory"] == str(tmp_path)
+    assert all(disk[name] for name in ("io_uring", "engine_reason", "io_mode_reason", "alignment", "preallocation"))
+    assert not list(tmp_path.iterdir())
+    pure = json.loads(run("info", "--json", "--disk-path", str(tmp_path), KVBM_BACKEND="pure").stdout)["disk"]
+    assert pure["engine"] == "python"
+    assert "native twin is absent" in pure["io_uring"]
+    assert list(json.loads(run("info", "--json").stdout)["disk"]) == ["io_uring"]
+    gone = run("info", "--disk-path", str(tmp_path / "absent"), status=2)
+    assert "cannot try out a disk tier here (no such file or directory)" in gone.stderr
+    assert gone.stderr.count("\n") == 1
+
+
 def test_extras_that_info_names_are_those_of_the_package() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     parts = json.loads(run("info", "--json").stdout)["optional_parts"]

@@ -230,9 +230,10 @@ def test_number_of_blocks_follows_from_the_size() -> None:
     with pytest.raises(ConfigError, match=r"^host.size is 163839 bytes and one block takes 163840: give at least that"):
         config.num_blocks_of("host", 5 * BLOCK)
     with pytest.raises(
-        ConfigError, match=r"^there is no tier 'remote' in the configuration, give device, host or disk"
+        ConfigError, match=r"^there is no tier 'cloud' in the configuration, give device, host, disk or remote"
     ):
-        config.num_blocks_of(Tier.REMOTE, BLOCK)
+        config.num_blocks_of("cloud", BLOCK)
+    assert config.num_blocks_of(Tier.REMOTE, BLOCK) == 0, "it was not asked for"
 
 
 @pytest.mark.parametrize("size", [1, BLOCK - 1])

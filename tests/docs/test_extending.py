@@ -22,7 +22,7 @@ globals().update({name: value for name, value in vars(parts).items() if name.sta
 
 
 def test_page_shows_suites() -> None:
-    assert {"TestDictStorage", "TestAligned", "TestNewestFirst"} <= set(globals())
+    assert {"TestDictStorage", "TestAligned", "TestNewestFirst", "TestShared", "TestHeadsOnly"} <= set(globals())
 
 
 def test_parts_are_found_by_their_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ class Remembering(HostStorage):
     def holds(self, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
         return np.array([name[0] == block_id for block_id, name in zip(block_ids, hashes, strict=True)])
 
-    def forget(self, hashes: HashArray) -> None:
+    def forget(self, hashes: HashArray, block_ids: Any = None) -> None:
         self.told.append(("forget", hashes.tolist()))
 
     def clear(self) -> None:

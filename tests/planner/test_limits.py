@@ -13,13 +13,14 @@ from kvbm.planner.counters import PlannerStatistics, RouteCounters
 from kvbm.planner.limits import Limits
 from kvbm.types import Tier
 
-COUNTS = ("queue_blocks", "job_blocks", "lineage_blocks", "touch_calls")
+COUNTS = ("queue_blocks", "job_blocks", "lineage_blocks", "touch_calls", "prefetch_blocks")
 TIMES = ("onboard_timeout_s", "offload_timeout_s")
 
 
 def test_limits_have_defaults_and_take_the_smallest_values() -> None:
     assert Limits() == Limits()
-    least: dict[str, Any] = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(TIMES, 1e-9), "in_flight_share": 1e-9}
+    shares = dict.fromkeys(("in_flight_share", "pin_share"), 1e-9)
+    least: dict[str, Any] = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(TIMES, 1e-9), **shares}
     assert Limits(**least).touch_calls == 1
     assert Limits(in_flight_share=1.0).in_flight_share == 1.0
 
@@ -39,9 +40,10 @@ def test_times_that_are_none_are_refused_by_name(name: str, value: float) -> Non
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.01, math.nan, math.inf])
-def test_shares_outside_a_pool_are_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match=f"in_flight_share is {value}, give a part of a pool"):
-        Limits(in_flight_share=value)
+@pytest.mark.parametrize("name", ["in_flight_share", "pin_share"])
+def test_shares_outside_a_pool_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}, give a part of a pool"):
+        Limits(**{name: value})  # type: ignore[arg-type]
 
 
 # -- counters --------------------------------------------------------------------------------------------------------
@@ -94,6 +96,7 @@ def test_copy_of_the_statistics_stands_still_to_its_depth() -> None:
     statistics = PlannerStatistics()
     statistics.hits["host"] += 2
     statistics.mismatches["disk"] += 1
+    statistics.expired["host"] += 4
     route = statistics.route(Tier.DEVICE, Tier.HOST)
     assert statistics.route(Tier.DEVICE, Tier.HOST) is route
     route.dropped["evicted"] += 3
@@ -101,12 +104,14 @@ def test_copy_of_the_statistics_stands_still_to_its_depth() -> None:
     copy = statistics.copy()
     statistics.hits["host"] += 1
     statistics.mismatches["disk"] += 1
+    statistics.expired["host"] += 1
     statistics.misses += 1
     route.blocks += 5
     route.dropped["evicted"] += 1
     route.observe("ok", 0.5)
     route.observe("late", 0.5)
     statistics.route(Tier.HOST, Tier.DISK)
+    assert copy.expired == {"host": 4}
     kept = copy.routes[Tier.DEVICE, Tier.HOST]
     assert (copy.hits["host"], copy.mismatches["disk"], copy.misses, len(copy.routes)) == (2, 1, 0, 1)
     assert (kept.blocks, kept.dropped["evicted"], list(kept.seconds), kept.seconds["ok"].count) == (0, 3, ["ok"], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import threading
 import time
 from typing import Any
@@ -287,7 +288,7 @@ def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_
     before = set(threading.enumerate())
     for seed in range(4 * NUM_SEEDS):
         is_enough = min(num_injected.values()) > 3 and sum(num_injected.values()) > 100
-        if seed >= NUM_SEEDS and is_enough and num_mismatches > 5 and num_hits > 1000:
+        if seed >= NUM_SEEDS and is_enough and num_mismatches > 10 and num_hits > 1000:
             break  # a busy machine injects less in a seed, for more comes too late
         rates = {**RATES, FaultMode.NEVER: 0.1} if seed % 4 < 2 else RATES
         plan = FaultPlan(rates=rates, seed=seed, affects="some")
@@ -311,5 +312,6 @@ def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_
         tiers.manager.check()
         assert set(threading.enumerate()) == before
         make_tiers.managers.clear()
+        shutil.rmtree(make_tiers.disk_path)  # what it has left, with its priorities, would be in the next one's way
     else:
         pytest.fail(f"too little went wrong to prove anything: {num_injected}, {num_mismatches=}, {num_hits=}")

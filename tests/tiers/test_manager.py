@@ -75,7 +75,7 @@ def test_migrations_name_their_source_worker_and_model(make_tiers: Site) -> None
         ("disk", "device")
     ] * 2
     for event in down_and_up:
-        assert (event.event_type, event.worker_id, event.metadata["model"]) == (KvEventType.MIGRATED, "seven", "tests")
+        assert (event.event_type, event.worker_id, event.metadata["model"]) == (KvEventType.MIGRATED, "seven", "toy")
     parents = [bytes(event.parent_hash) for event in down_and_up]
     assert parents == [bytes(16), hashes[0].tobytes()] * 2
 
@@ -280,7 +280,7 @@ def test_keywords_make_the_same_tiers_as_a_config(make_tiers: Site, backend: Bac
         host_blocks=8,
         disk_blocks=16,
         disk_path=make_tiers.directory / "keywords",
-        model="tests",
+        model="toy",
         backend=backend,
     ) as manager:
         sequence = manager.sequence(range(12))

@@ -16,8 +16,7 @@ from kvbm.config import Config
 from kvbm.errors import ConfigError, StorageError, TransferTimeout
 from kvbm.manager import BlockManager
 from kvbm.planner import OffloadPolicy
-from kvbm.storage.disk import DiskStorage
-from kvbm.storage.disk.files import OsCalls
+from kvbm.storage.disk import DiskStorage, OsCalls
 from kvbm.testing.faults import FaultMode, FaultPlan
 from kvbm.types import Tier
 

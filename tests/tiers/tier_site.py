@@ -20,8 +20,7 @@ from kvbm.jobs import CopyJob, Job, JobResult
 from kvbm.layout import BlockLayout
 from kvbm.manager import BlockManager
 from kvbm.storage import HostStorage, Storage
-from kvbm.storage.disk import DiskStorage
-from kvbm.storage.disk.files import OsCalls
+from kvbm.storage.disk import DiskStorage, OsCalls
 from kvbm.testing.faults import FaultPlan, FaultyStorage
 from kvbm.types import HashArray, Tier
 
@@ -251,7 +250,7 @@ class Site:
         **arguments: Any,
     ) -> Tiers:
         """Make a manager; with `faults` its disk (or host) tier goes wrong as they say."""
-        tree: dict[str, dict[str, Any]] = {"model": {**MODEL, "fingerprint": "tests"}, "runtime": {"copy_threads": 1}}
+        tree: dict[str, dict[str, Any]] = {"model": {**MODEL, "fingerprint": "toy"}, "runtime": {"copy_threads": 1}}
         given: dict[Tier, Storage] = dict(storages or {})
         for tier, num_blocks in (("device", device), ("host", host), ("disk", disk)):
             if faults is not None and tier == faulty:

@@ -112,21 +112,31 @@ class SlabFiles:
         directory_fd, self._directory_fd = self._directory_fd, -1
         self._close_fd(directory_fd)
 
+    def need_room(self, nbytes: int, index_nbytes: int) -> None:
+        """Refuse sizes of the two files that the file system has no room for, before anything is made for them.
+
+        Raises
+        ------
+        StorageError
+            There is no room.
+        """
+        self._needed_nbytes = nbytes + index_nbytes
+        files = [(self.fd, nbytes), (self.index_fd, index_nbytes)]
+        missing = sum(max(0, size - self.os_calls.fstat(fd).st_blocks * 512) for fd, size in files)
+        free = self.os_calls.free_nbytes(self.fd)
+        if free is not None and missing > free:
+            raise self._no_room(errno.ENOSPC, free)
+
     def allocate(self, nbytes: int, index_nbytes: int) -> None:
-        """Give both files their size, on the medium where the file system can.
+        """Give both files their size, on the medium where the file system can; `need_room` comes before.
 
         Raises
         ------
         StorageError
             There is no room; both files are as they were.
         """
-        self._needed_nbytes = nbytes + index_nbytes
         files = [(self.fd, nbytes), (self.index_fd, index_nbytes)]
         before = [self.os_calls.fstat(fd).st_size for fd, _ in files]
-        missing = sum(max(0, size - self.os_calls.fstat(fd).st_blocks * 512) for fd, size in files)
-        free = self.os_calls.free_nbytes(self.fd)
-        if free is not None and missing > free:
-            raise self._no_room(errno.ENOSPC, free)
         try:
             for fd, size in files:
                 self._allocate(fd, size)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.errors import SlabFormatError
+from kvbm.types import HashArray
 
 MAGIC = b"KVBMSLAB"
 VERSION = 1
@@ -170,8 +171,23 @@ def is_live(records: RecordArray, header: Header) -> npt.NDArray[np.bool_]:
     return is_ours & is_sane & (records["crc"] == crc_of(records))  # type: ignore[no-any-return]
 
 
+def is_last_of_its_name(hashes: HashArray) -> npt.NDArray[np.bool_]:
+    """Tell which of equal hashes stands last: (num_blocks,) bool."""
+    is_last = np.ones(len(hashes), dtype=np.bool_)
+    first_words = np.sort(hashes[:, 0])
+    if not (first_words[1:] == first_words[:-1]).any():  # as a rule; two sorts are saved
+        return is_last
+    by_name = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: the last of equal names stays last
+    names = hashes[by_name]
+    is_repeated = (names[1:] == names[:-1]).all(axis=1)
+    is_last[by_name[:-1][is_repeated]] = False
+    return is_last
+
+
 def crc_of(records: RecordArray) -> npt.NDArray[np.uint32]:
     """Compute `zlib.crc32` of each record without its last 4 bytes: (num_records,) uint32."""
+    if len(records) <= _FEW:  # the start of the other way costs more
+        return np.array([zlib.crc32(row[:-4]) for row in _rows_of(records)], dtype=np.uint32)
     crc = np.empty(len(records), dtype=np.uint32)
     data = np.ascontiguousarray(records).view(np.uint8).reshape(-1, RECORD_NBYTES)
     for first in range(0, len(records), _ROWS_AT_ONCE):  # what is at hand stays in the cache
@@ -183,6 +199,11 @@ def crc_of(records: RecordArray) -> npt.NDArray[np.uint32]:
     return crc
 
 
+def _rows_of(records: RecordArray) -> list[bytes]:
+    data = np.ascontiguousarray(records).tobytes()
+    return [data[first : first + RECORD_NBYTES] for first in range(0, len(data), RECORD_NBYTES)]
+
+
 def _make_table() -> npt.NDArray[np.uint32]:
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
@@ -192,3 +213,4 @@ def _make_table() -> npt.NDArray[np.uint32]:
 
 _TABLE = _make_table()
 _ROWS_AT_ONCE = 1 << 14
+_FEW = 256

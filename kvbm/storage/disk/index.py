@@ -3,11 +3,13 @@
 Records reach the kernel as soon as a block's bytes have, so that a killed process loses nothing; `sync` brings them to
 the medium, so that a power cut loses at most what came after it. No order of writes is relied on: a record is believed
 only if its CRC holds, a block only if its checksum does. One lock guards records and file; it is held for bookkeeping
-and writes to the page cache, and for one sync where something is forgotten.
+and writes to the page cache, and for one sync where something is forgotten. Another, taken before it, lets one sync run
+at a time: the system tells of a failure once, and whoever forgets has to hear of it.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.errors import SlabFormatError
-from kvbm.storage.disk.calls import OsCalls, move_all
+from kvbm.storage.disk.calls import OsCalls, move_all, retry
 from kvbm.storage.disk.format import (
     FREE,
     HEADER_NBYTES,
@@ -32,6 +34,7 @@ from kvbm.storage.disk.format import (
     SlabVersionError,
     choose_header,
     encode_header,
+    is_last_of_its_name,
     is_live,
     seal,
 )
@@ -40,7 +43,7 @@ from kvbm.types import HashArray, IdArray
 _log = logging.getLogger("kvbm.storage.disk")
 
 _PAGE_SLOTS = 64  # records are written by pages, never in smaller pieces
-_MAX_ORDER = 0xFFFF
+_ORDER_BITS = 16  # of a stamp, below its seconds
 _RUN_PAGES = 256  # of one write, so that the lock is never held for long
 
 
@@ -65,7 +68,9 @@ class SlabIndex:
     ----------
     header : Header
     num_damaged : int
-        Records that were found and not believed.
+        Records that were found and not believed; those of an older generation are not damaged.
+    num_failures : int
+        Writes of records and syncs that the system refused.
 
     Raises
     ------
@@ -89,13 +94,16 @@ class SlabIndex:
         self._clock = clock
         self._lock = threading.Lock()
         self._records: RecordArray = np.zeros(header.num_slots, dtype=RECORD_DTYPE)
-        self._second, self._order = 0, 0
+        self._syncing = threading.Lock()  # taken before `_lock`
+        self._next_stamp = 0  # seconds since 1970, and an order within them
         num_pages = -(-header.num_slots // _PAGE_SLOTS)
         self._is_dirty = np.zeros(num_pages, dtype=np.bool_)  # in memory only
-        self._needs_sync = False
+        self._is_unsynced = np.zeros(num_pages, dtype=np.bool_)  # written since the last sync
+        self._is_owed = np.zeros(num_pages, dtype=np.bool_)  # the medium may hold what was forgotten, be it long ago
+        self._owes_header = False
         self._last_error: OSError | None = None
         self.num_damaged = 0
-        self.num_failures = 0  # writes of records and syncs that the system refused
+        self.num_failures = 0
         self.header = header
         self._is_new = True  # the file was empty
         found = self._find(header, on_mismatch)
@@ -109,9 +117,8 @@ class SlabIndex:
             self._load()
         with self._lock:
             if not self._is_warm and not self._is_new:  # records of what is replaced must not count later
-                self._write_pages(np.arange(len(self._is_dirty)))
-                self._sync_index()
-                self._raise_after(0)
+                self._is_owed[:] = True
+                self._pay()
             self._write_header()
 
     # -- what slots hold ---------------------------------------------------------------------------------------
@@ -132,7 +139,7 @@ class SlabIndex:
             rows["hash"], rows["parent"], rows["checksum"], rows["priority"] = hashes, parents, checksums, priorities
             rows["length"], rows["generation"], rows["state"] = self.header.block_nbytes, self.header.generation, LIVE
             rows["used_at"][::-1], rows["order"][::-1] = self._stamps(len(slots))  # a tail leaves before its head
-            rows["written_at"] = rows["used_at"]
+            rows["written_at"] = int(self._clock()) & 0xFFFFFFFF
             self._records[slots] = seal(rows)
             self._write(slots)
 
@@ -144,8 +151,8 @@ class SlabIndex:
                 self._records[live] = np.zeros(1, dtype=RECORD_DTYPE)
                 self._write(live)
 
-    def forget(self, hashes: HashArray) -> None:
-        """Void every record of these hashes, on the medium when this returns.
+    def forget(self, hashes: HashArray, only: IdArray | None = None) -> None:
+        """Void the records of these hashes, in all slots or `only` in these, on the medium when this returns.
 
         Raises
         ------
@@ -155,19 +162,19 @@ class SlabIndex:
         if not len(hashes):
             return
         wanted = set(_keys_of(hashes))
-        with self._lock:
-            is_candidate = np.isin(self._records["hash"][:, 0], hashes[:, 0])
-            is_candidate &= self._records["state"] == LIVE
-            (candidates,) = is_candidate.nonzero()
+        with self._syncing, self._lock:
+            candidates = self._candidates(hashes) if only is None else only
             keys = _keys_of(self._records["hash"][candidates])
             slots = np.array(
                 [slot for slot, key in zip(candidates, keys, strict=True) if key in wanted], dtype=np.int32
             )
             self._records[slots] = np.zeros(1, dtype=RECORD_DTYPE)
-            num_failures = self.num_failures
-            self._write(slots)
-            self._sync_index()
-            self._raise_after(num_failures)
+            self._is_owed[slots // _PAGE_SLOTS] = True
+            self._pay()
+
+    def _candidates(self, hashes: HashArray) -> npt.NDArray[np.intp]:
+        is_candidate = np.isin(self._records["hash"][:, 0], hashes[:, 0])
+        return np.flatnonzero(is_candidate & (self._records["state"] == LIVE))
 
     def clear(self) -> None:
         """Void every record, on the medium when this returns.
@@ -177,11 +184,17 @@ class SlabIndex:
         OSError
             The system refused: a restart may find them.
         """
-        with self._lock:
+        with self._syncing, self._lock:
             self._records[:] = np.zeros(1, dtype=RECORD_DTYPE)
-            self._is_dirty[:] = False  # records of an older generation do not count
             self.header = replace(self.header, generation=(self.header.generation + 1) & 0xFFFFFFFF)
-            self._write_header()
+            try:
+                self._write_header()
+            except OSError as error:  # the file may be of the old generation, and then its records count
+                self._owes_header = True
+                self._is_owed[:] = self._is_dirty[:] = True
+                self._fail("write", error)
+                raise
+            self._is_owed[:] = self._is_dirty[:] = False  # records of an older generation do not count
 
     def touch(self, slots: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
         """Note that slots were used, oldest first, where they still hold these hashes; `sync` writes it down."""
@@ -207,41 +220,73 @@ class SlabIndex:
         with self._lock:
             slots = np.flatnonzero(self._records["state"] == LIVE)
             rows = self._records[slots]
-        order = np.lexsort((rows["order"], rows["used_at"]))
+        age = rows["used_at"].astype(np.uint64) << np.uint64(16) | rows["order"]
+        order = np.argsort(age)
         slots, rows = slots[order], rows[order]
-        keys = np.ascontiguousarray(rows["hash"])
-        by_name = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: the youngest of equal names comes last
-        sorted_keys = keys[by_name]
-        is_last = np.ones(len(keys), dtype=np.bool_)
-        is_last[:-1] = (sorted_keys[1:] != sorted_keys[:-1]).any(axis=1)
-        if is_last.all():
-            return slots.astype(np.int32), rows
-        kept = np.sort(by_name[is_last])
-        return slots[kept].astype(np.int32), rows[kept]
+        is_youngest = is_last_of_its_name(rows["hash"])
+        if not is_youngest.all():
+            slots, rows = slots[is_youngest], rows[is_youngest]
+        return slots.astype(np.int32), rows
+
+    def checksums(self) -> tuple[IdArray, npt.NDArray[np.uint64]]:
+        """Give the slots that hold a block, and its checksum."""
+        with self._lock:
+            slots = np.flatnonzero(self._records["state"] == LIVE)
+            return slots.astype(np.int32), self._records["checksum"][slots]
 
     # -- the medium --------------------------------------------------------------------------------------------
 
     @property
     def needs_sync(self) -> bool:
         """Whether something is not on the medium yet."""
-        return self._needs_sync or bool(self._is_dirty.any())
+        return bool(self._is_unsynced.any() or self._is_dirty.any()) or self._owes_header
 
     def sync(self) -> None:
         """Write down what `touch` noted, and bring everything to the medium; failures are counted and logged."""
-        dirty = np.flatnonzero(self._is_dirty)
-        for first in range(0, len(dirty), _RUN_PAGES):
-            with self._lock:
-                pages = dirty[first : first + _RUN_PAGES]
-                self._write_pages(pages[self._is_dirty[pages]])
-        if self._needs_sync:
-            self._sync_index()
+        with self._syncing:
+            self._pay_header()
+            dirty = np.flatnonzero(self._is_dirty)
+            for first in range(0, len(dirty), _RUN_PAGES):
+                with self._lock:
+                    pages = dirty[first : first + _RUN_PAGES]
+                    self._write_pages(pages[self._is_dirty[pages]])
+            if self._is_unsynced.any():
+                lost = self._sync_index()
+                with self._lock:
+                    self._is_dirty[lost] = self._is_owed[lost] = True
 
-    def _sync_index(self) -> None:
-        self._needs_sync = False  # before: what is written meanwhile may come too late for this one
+    def _sync_index(self) -> npt.NDArray[np.intp]:
+        """Sync; give the pages that may be lost, for the system takes those it could not sync for written."""
+        pages = np.flatnonzero(self._is_unsynced)
+        self._is_unsynced[pages] = False  # before: what is written meanwhile may come too late for this one
         try:
-            self._os.fdatasync(self._fd)
+            retry(self._os.fdatasync, self._fd)
         except OSError as error:
             self._fail("sync", error)
+            return pages
+        return pages[:0]
+
+    def _pay(self) -> None:
+        """Bring what was forgotten to the medium, what failed before included; raise where the system refuses."""
+        num_failures = self.num_failures
+        self._pay_header()
+        owed = np.flatnonzero(self._is_owed)
+        self._write_pages(owed)
+        lost = self._sync_index()
+        if self.num_failures > num_failures:
+            self._is_dirty[lost] = self._is_owed[lost] = True
+            assert self._last_error is not None
+            raise self._last_error
+        self._is_owed[:] = False
+
+    def _pay_header(self) -> None:
+        if not self._owes_header:
+            return
+        try:
+            self._write_header()
+            self._owes_header = False
+        except OSError as error:
+            self._fail("write", error)
 
     def _write(self, slots: IdArray) -> None:
         self._write_pages(np.unique(slots // _PAGE_SLOTS))
@@ -259,11 +304,11 @@ class SlabIndex:
             part = data[begin:end]
             try:
                 if move_all(self._os.pwritev, self._fd, part, RECORDS_AT + begin) != len(part):
-                    raise OSError("a write moved nothing")
+                    raise OSError(errno.EIO, "a write moved nothing")
                 self._is_dirty[run] = False
-                self._needs_sync = True
+                self._is_unsynced[run] = True
             except OSError as error:
-                self._is_dirty[run] = True
+                self._is_dirty[run] = self._is_owed[run] = True
                 self._fail("write", error)
             first = i
 
@@ -276,12 +321,8 @@ class SlabIndex:
         data = memoryview(encode_header(self.header))
         for copy in range(NUM_HEADERS):
             if move_all(self._os.pwritev, self._fd, data, copy * HEADER_NBYTES) != len(data):
-                raise OSError("a write of the index header moved nothing")
-            self._os.fdatasync(self._fd)
-
-    def _raise_after(self, num_failures: int) -> None:
-        if self.num_failures > num_failures and self._last_error is not None:
-            raise self._last_error
+                raise OSError(errno.EIO, "a write of the index header moved nothing")
+            retry(self._os.fdatasync, self._fd)
 
     def _fail(self, verb: str, error: OSError) -> None:
         level = logging.DEBUG if self.num_failures else logging.WARNING
@@ -330,16 +371,21 @@ class SlabIndex:
         num_read = move_all(self._os.preadv, self._fd, data, RECORDS_AT)
         data[num_read:] = bytes(len(data) - num_read)
         good = is_live(self._records, self.header)
-        self.num_damaged = int(np.count_nonzero((self._records["state"] != FREE) & ~good))
+        is_ours = self._records["generation"] == self.header.generation
+        self.num_damaged = int(np.count_nonzero((self._records["state"] != FREE) & is_ours & ~good))
         self._records[~good] = np.zeros(1, dtype=RECORD_DTYPE)
+        seconds = self._records["used_at"].astype(np.int64)
+        self._next_stamp = int(((seconds << _ORDER_BITS) | self._records["order"]).max(initial=0)) + 1
 
-    def _stamps(self, n: int) -> tuple[int, npt.NDArray[np.uint16]]:
-        """Give the second, and n rising numbers within it."""
-        second = int(self._clock()) & 0xFFFFFFFF
-        if second > self._second:  # a clock that is set back does not make what comes now older
-            self._second, self._order = second, 0
-        first, self._order = self._order, min(self._order + n, _MAX_ORDER)
-        return self._second, np.minimum(np.arange(first, first + n), _MAX_ORDER).astype(np.uint16)
+    def _stamps(self, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Give n rising stamps: seconds, and an order within each.
+
+        What comes now is younger than all before, be the clock set back or a second full of stamps.
+        """
+        first = max(int(self._clock()) << _ORDER_BITS, self._next_stamp)
+        self._next_stamp = first + n
+        stamps = np.arange(first, first + n, dtype=np.int64)
+        return (stamps >> _ORDER_BITS) & 0xFFFFFFFF, stamps & ((1 << _ORDER_BITS) - 1)
 
 
 def _keys_of(hashes: HashArray) -> list[bytes]:

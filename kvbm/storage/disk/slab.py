@@ -71,7 +71,9 @@ class Slab:
         self._starting = threading.Lock()
         self.num_sync_failures = 0
         nbytes = header.num_slots * header.slot_nbytes
+        index_nbytes = RECORDS_AT + header.num_slots * RECORD_NBYTES
         with files.opening(lock_timeout_s=lock_timeout_s):
+            files.need_room(nbytes, index_nbytes)
             self.index = SlabIndex(
                 files.index_fd,
                 header,
@@ -80,7 +82,7 @@ class Slab:
                 path=str(files.index_path),
                 clock=clock,
             )
-            files.allocate(nbytes, RECORDS_AT + header.num_slots * RECORD_NBYTES)
+            files.allocate(nbytes, index_nbytes)
             if use_direct_io:
                 files.try_direct_io()
             self.index.begin()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -14,15 +15,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvbm._backend import Backend, default_backend
 from kvbm.errors import ConfigError, StorageError, TransferTimeout, wrong_num_threads
 from kvbm.jobs import Transfer
 from kvbm.layout import BlockLayout
 from kvbm.storage.base import Storage, StorageCapabilities
 from kvbm.storage.disk.calls import DIRECT_NBYTES, OsCalls, aligned_empty
-from kvbm.storage.disk.engine import DiskCounters, DiskEngine
+from kvbm.storage.disk.choose import SubmittedBatch, choose_engine
+from kvbm.storage.disk.engine import DiskCounters
 from kvbm.storage.disk.format import MAX_FINGERPRINT_NBYTES, Header
-from kvbm.storage.disk.mover import Batch
 from kvbm.storage.disk.slab import Slab
+from kvbm.storage.disk.wear import BytesPerDay, estimate_device_nbytes
 from kvbm.types import DEFAULT_PRIORITY, HashArray, IdArray
 
 ON_MISMATCH = ("refuse", "replace")
@@ -44,8 +47,13 @@ class DiskStorage(Storage):
     on_mismatch : str
         What to do with a slab of another fingerprint, block size or version: "refuse" it, or "replace" it, which
         forgets what it holds.
+    engine : str
+        What moves blocks: "uring" (a ring of the kernel's), "threads" (native), "python", or "auto": what a short probe
+        shows to be faster, or cheaper; see `engine_name`.
     num_threads : int
-        Threads that read and write.
+        Threads that read and write, where the engine has them.
+    depth : int
+        Reads and writes that a native engine has under way at once.
     use_direct_io : bool
         Go around the page cache where an aligned probe shows that this works; see `io_mode`.
     max_queued_nbytes : int
@@ -55,7 +63,9 @@ class DiskStorage(Storage):
     lock_timeout_s : float
         Seconds to wait for another owner to be gone.
     os_calls : OsCalls, optional
-        The operating system; tests give another.
+        The operating system; tests give another, which the native engines cannot use.
+    backend : Backend, optional
+        The twin to use; default by ``KVBM_BACKEND``. The pure one has no native engine.
 
     Raises
     ------
@@ -99,12 +109,15 @@ class DiskStorage(Storage):
         name: str = "rank0",
         fingerprint: str = "",
         on_mismatch: str = "refuse",
+        engine: str = "auto",
         num_threads: int = 4,
+        depth: int = 32,
         use_direct_io: bool = True,
         max_queued_nbytes: int = 256 << 20,
         sync_interval_s: float = 1.0,
         lock_timeout_s: float = 2.0,
         os_calls: OsCalls | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if num_threads < 1:
             raise wrong_num_threads(num_threads)
@@ -142,17 +155,29 @@ class DiskStorage(Storage):
             lock_timeout_s=lock_timeout_s,
             os_calls=calls,
         )
-        slots, records = self._slab.index.live()
-        self.checksums[slots] = records["checksum"]
+        slots, checksums = self._slab.index.checksums()
+        self.checksums[slots] = checksums
         self.has_checksum[slots] = True
-        self._engine = DiskEngine(
-            self._slab,
-            block_nbytes=layout.block_nbytes,
-            slot_nbytes=self.slot_nbytes,
-            num_threads=num_threads,
-            max_queued_nbytes=max_queued_nbytes,
-            os_calls=calls,
-        )
+        try:
+            choice = choose_engine(
+                engine,
+                self._slab,
+                nbytes=layout.num_blocks * self.slot_nbytes,
+                block_nbytes=layout.block_nbytes,
+                slot_nbytes=self.slot_nbytes,
+                num_threads=num_threads,
+                depth=depth,
+                max_queued_nbytes=max_queued_nbytes,
+                os_calls=calls,
+                disk_io=(backend or default_backend()).disk_io,
+            )
+        except BaseException:
+            self._slab.close()
+            raise
+        self.engine_name, self.engine_reason = choice.name, choice.reason
+        self._engine = choice.engine
+        self._bytes_per_day = BytesPerDay()
+        self._wearing = threading.Lock()
         self._pid = os.getpid()
         weakref.finalize(self, self._engine.stop).atexit = False
 
@@ -180,6 +205,16 @@ class DiskStorage(Storage):
     def counters(self) -> DiskCounters:
         """What was done so far; the live object."""
         return self._engine.counters
+
+    @property
+    def bytes_per_day(self) -> BytesPerDay:
+        """Bytes of slots written, in all and in the last 24 hours; the live object."""
+        return self._bytes_per_day
+
+    @property
+    def device_nbytes(self) -> int:
+        """What a device has written to its medium for those bytes, as far as can be estimated from outside."""
+        return estimate_device_nbytes(self._bytes_per_day.total_nbytes, self.slot_nbytes)
 
     def submit_read(
         self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray, *, hashes: HashArray | None = None
@@ -262,21 +297,29 @@ class DiskStorage(Storage):
                 checksums,
                 np.full(len(hashes), DEFAULT_PRIORITY, dtype=np.uint8) if priorities is None else priorities,
             )
+        with self._wearing:
+            self._bytes_per_day.add(len(block_ids) * self.slot_nbytes)
         self._slab.note(has_data=True)
 
     def holds(self, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.bool_]:
         """Tell which slots hold whole blocks of these hashes, by their records: (num_blocks,) bool."""
         return self._slab.index.holds(block_ids, hashes)
 
-    def forget(self, hashes: HashArray) -> None:
-        """Void the records of these hashes, on the medium when it returns.
+    def disown(self, block_ids: IdArray, hashes: HashArray) -> None:
+        """Void the records of slots whose bytes are bad."""
+        self.has_checksum[block_ids] = False
+        self._slab.index.void(block_ids)
+        self._slab.note(has_data=False)
+
+    def forget(self, hashes: HashArray, block_ids: IdArray | None = None) -> None:
+        """Void the records of these hashes, in these slots or wherever they lie, on the medium when it returns.
 
         Raises
         ------
         OSError
             The system refused: a restart may find them.
         """
-        self._slab.index.forget(hashes)
+        self._slab.index.forget(hashes, block_ids)
 
     def clear(self) -> None:
         """Void every record, on the medium when it returns; raises `OSError` as `forget` does."""
@@ -331,7 +374,7 @@ class DiskStorage(Storage):
             text = "read and write cannot wait in a callback of a transfer: use submit_read and submit_write there"
             raise StorageError(errno.EDEADLK, text, str(self.path))
 
-    def _finish(self, batch: Batch, ids: IdArray) -> None:
+    def _finish(self, batch: SubmittedBatch, ids: IdArray) -> None:
         good = batch.transfer.result()
         if good.all():
             return

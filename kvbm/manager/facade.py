@@ -1,9 +1,4 @@
-"""BlockManager: the facade that introduces bookkeeping to bytes.
-
-For each tier it has a pool and a storage; a planner decides what moves, an executor moves it, and both work in the
-background. It offers what a request needs: hash, match, onboard, allocate, register. Safe to use from several threads:
-everything mutable lives in the pools, the planner and the storages.
-"""
+"""What a request needs of a manager: hash, match, onboard, allocate, register; and how it is made and closed."""
 
 from __future__ import annotations
 
@@ -20,20 +15,21 @@ from kvbm._backend import Backend
 from kvbm.assembly import assemble, close_dropped, config_of, find_backend
 from kvbm.blocks import Block, CompleteBlocks, ImmutableBlocks, MutableBlocks
 from kvbm.config import Config
-from kvbm.errors import BlockStateError, ConfigError
+from kvbm.errors import BlockStateError
 from kvbm.events import KvEventType, MergedSubscription, MigrationLog
+from kvbm.fingerprint import find_fingerprint
 from kvbm.jobs import Transfer
+from kvbm.manager.tiers import TierVerbs
 from kvbm.planner import Hit, OffloadPolicy, PlannerStatistics
-from kvbm.pool import BlockPool
 from kvbm.sequence import ContentSpan, TokenSequence
 from kvbm.storage.base import Storage
-from kvbm.types import HashArray, PoolStatus, ResetBlocksResponse, Tier
+from kvbm.types import HashArray, PoolStatus, Tier
 
 _log = logging.getLogger("kvbm.manager")
 
 
-class BlockManager:
-    """KV-cache blocks of one model on one worker, in one to three tiers.
+class BlockManager(TierVerbs):
+    """KV-cache blocks of one model on one worker, in one to four tiers.
 
     Parameters
     ----------
@@ -53,8 +49,11 @@ class BlockManager:
         background.
     disk_path : path, optional
         Directory of the disk tier.
+    remote_url : str, optional
+        Object store tier, G4: ``s3://bucket/folder``, ``gs://``, ``az://``, ``file:///directory`` or ``memory://``.
     model : str, optional
-        Fingerprint of the model: a part of every sequence hash, so two models never share a block.
+        Directory of the model, whose files are then sampled, or any text that names it: a part of every sequence hash
+        and of what outlives the process, so two models never share a block.
     weights_epoch : int or str, optional
         Changes every hash when weights are updated in place.
     layout : str
@@ -104,6 +103,7 @@ class BlockManager:
         host_blocks: int | None = None,
         disk_blocks: int | None = None,
         disk_path: str | os.PathLike[str] | None = None,
+        remote_url: str | None = None,
         model: str | None = None,
         weights_epoch: int | str | None = None,
         layout: str | None = None,
@@ -127,10 +127,12 @@ class BlockManager:
                 "host.num_blocks": host_blocks,
                 "disk.num_blocks": disk_blocks,
                 "disk.path": None if disk_path is None else os.fspath(disk_path),
+                "remote.url": remote_url,
                 "device.layout": layout,
                 "device.eviction": policy if isinstance(policy, str) else None,
                 "host.eviction": policy if isinstance(policy, str) else None,
                 "disk.eviction": policy if isinstance(policy, str) else None,
+                "remote.eviction": policy if isinstance(policy, str) and remote_url else None,
                 "offload.policy": offload_policy if isinstance(offload_policy, str) else None,
                 "runtime.worker_id": worker_id,
             },
@@ -138,23 +140,27 @@ class BlockManager:
         self.config = config
         self.backend = find_backend(config.runtime.backend if backend is None else backend)
         self.page_size = config.model.block_size
-        self.model = config.model.fingerprint
+        name = config.model.fingerprint
+        self.model = None if name is None else find_fingerprint(name)
         self.weights_epoch = config.model.weights_epoch
         parts = assemble(
             config,
             backend=self.backend,
+            model=self.model,
             eviction=None if isinstance(policy, str) else policy,
             offload_policy=None if isinstance(offload_policy, str) else offload_policy,
             storages=storages,
         )
         self.layout = next(iter(parts.layouts.values()))
         self._pools, self._storages = parts.pools, parts.storages
-        self._parts, self._executor, self._planner, self._thread = parts, parts.executor, parts.planner, parts.thread
+        self._parts, self._executor, self._planner = parts, parts.executor, parts.planner
         self._top = next(iter(parts.pools.values()))
         self._finalizer = weakref.finalize(self, close_dropped, parts, repr(self))
         self._finalizer.atexit = False
-        if Tier.DISK in self._pools and self.model is None:
-            _log.warning("a disk tier without model=... trusts that nobody changes the model: give its fingerprint")
+        for tier in (Tier.DISK, Tier.REMOTE):
+            if tier in self._pools and self.model is None:
+                text = "a %s tier without model=... trusts that nobody changes the model: give its fingerprint"
+                _log.warning(text, tier.value)
 
     # -- a request ---------------------------------------------------------------------------------------------
 
@@ -270,74 +276,6 @@ class BlockManager:
         """Read one layer of a block: outer_dim * page_size * inner_dim elements as bytes."""
         return block.layer(layer).numpy().tobytes()
 
-    # -- tiers -------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> BlockPool:
-        """The device tier's pool (G1); raises `ConfigError` where there is none."""
-        return self._pools[self._tier(Tier.DEVICE)]
-
-    @property
-    def host(self) -> BlockPool | None:
-        """The host tier's pool (G2), None without."""
-        return self._pools.get(Tier.HOST)
-
-    @property
-    def disk(self) -> BlockPool | None:
-        """The disk tier's pool (G3), None without."""
-        return self._pools.get(Tier.DISK)
-
-    @property
-    def top(self) -> BlockPool:
-        """The highest tier's pool, where blocks are filled and used: the device tier's where there is one."""
-        return self._top
-
-    def storage(self, tier: Tier | str) -> Storage:
-        """Give the bytes of a tier; host memory stands in for a GPU where there is none."""
-        return self._storages[self._tier(tier)]
-
-    def flush(self, timeout: float | None = None) -> None:
-        """Wait until everything registered before is as far down as it goes, or was dropped and counted.
-
-        Raises
-        ------
-        TransferTimeout
-            It takes longer than `timeout` seconds; the work goes on.
-        TransferError
-            Called in a callback of a transfer.
-        PoolClosed
-            The manager is closed, or was closed meanwhile.
-        """
-        self._planner.flush(timeout)
-        if self._thread is not None:
-            self._thread.check()
-
-    def reset_pool(self, tier: Tier | str) -> int:
-        """Forget every block of one tier, offloads in flight waited for; return how many.
-
-        Raises
-        ------
-        BlockStateError
-            Some block is in use; nothing was forgotten.
-        TransferTimeout
-            Offloads of the tier move for longer than ``runtime.offload_timeout_s``; nothing was forgotten.
-        """
-        return self._planner.reset_pool(self._pools[self._tier(tier)], self.config.runtime.offload_timeout_s)
-
-    def reset_blocks(self, tier: Tier | str, hashes: HashArray) -> ResetBlocksResponse:
-        """Forget blocks of one tier by hash, those on their way down to it too; those in use stay."""
-        return self._planner.reset_blocks(self._pools[self._tier(tier)], hashes)
-
-    def reset_all(self) -> int:
-        """Forget every block of every tier, from the top down; return how many.
-
-        Raises
-        ------
-        BlockStateError
-            Some block is in use; the tiers above it are reset already.
-        """
-        return sum(self.reset_pool(tier) for tier in self._pools)
-
     # -- looking -----------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, PoolStatus]:
@@ -391,9 +329,3 @@ class BlockManager:
     def __repr__(self) -> str:
         tiers = ", ".join(f"{tier.value}={pool.total_blocks}" for tier, pool in self._pools.items())
         return f"BlockManager({tiers} blocks of {self.layout.block_nbytes} bytes)"
-
-    def _tier(self, tier: Tier | str) -> Tier:
-        if tier not in self._pools:
-            known = ", ".join(repr(known.value) for known in self._pools)
-            raise ConfigError(f"there is no tier {getattr(tier, 'value', tier)!r} here, use {known}")
-        return Tier(tier)
