@@ -16,6 +16,7 @@ from kvbm.types import PoolStatus, Tier
 
 _TIER = ("tier",)
 _ROUTE = ("source", "destination")
+_ANSWERS = ("accepted", "clipped", "rejected", "arrived")  # to a prefetch
 
 Rows = Iterable[tuple[tuple[str, ...], Any]]  # label values, and a number or a Histogram
 
@@ -219,6 +220,15 @@ METRICS: tuple[Metric, ...] = (
         "kvbm_expired_blocks", "counter", _TIER, "blocks",
         "Blocks that left a tier because nobody had used them for its time to live.",
         _tiers(lambda planner: planner.expired),
+    ),
+    Metric(
+        "kvbm_restored_blocks", "counter", _TIER, "blocks", "Blocks that the tier held when the manager began.",
+        _tiers(lambda planner: planner.restored),
+    ),
+    Metric(
+        "kvbm_prefetch_blocks", "counter", ("answer",), "blocks",
+        "Blocks that prefetches were asked for: accepted, clipped, rejected; and those of them that have arrived.",
+        lambda reading: [((answer,), reading.planner.prefetched[answer]) for answer in _ANSWERS],
     ),
     Metric(
         "kvbm_lost_executors", "counter", (), "executors",

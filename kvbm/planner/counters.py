@@ -76,6 +76,10 @@ class PlannerStatistics:
         Blocks that an onboard or a prefetch found on their way already.
     expired : Counter of str
         Blocks that left a tier because nobody had used them for its time to live, by tier.
+    restored : Counter of str
+        Blocks that a tier held when the manager began, by tier.
+    prefetched : Counter of str
+        Blocks that prefetches were asked for: "accepted", "clipped", "rejected", and those that have "arrived".
     routes : dict of (Tier, Tier) to RouteCounters
     lost_executors : int
     """
@@ -85,6 +89,8 @@ class PlannerStatistics:
     mismatches: Counter[str] = field(default_factory=Counter)
     joined: int = 0
     expired: Counter[str] = field(default_factory=Counter)
+    restored: Counter[str] = field(default_factory=Counter)
+    prefetched: Counter[str] = field(default_factory=Counter)
     routes: dict[tuple[Tier, Tier], RouteCounters] = field(default_factory=dict)
     lost_executors: int = 0
 
@@ -103,6 +109,8 @@ class PlannerStatistics:
             mismatches=Counter(self.mismatches),
             joined=self.joined,
             expired=Counter(self.expired),
+            restored=Counter(self.restored),
+            prefetched=Counter(self.prefetched),
             routes={key: counters.copy() for key, counters in self.routes.items()},
             lost_executors=self.lost_executors,
         )

@@ -16,6 +16,7 @@ import numpy as np
 from kvbm.blocks import ImmutableBlocks
 from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable
 from kvbm.jobs import CopyJob, Transfer
+from kvbm.planner.counters import PlannerStatistics
 from kvbm.planner.dispatch import Dispatcher, Unsent
 from kvbm.planner.hit import Hit, HitPart, find_sources
 from kvbm.planner.ledger import After
@@ -72,6 +73,7 @@ class Loader:
         self._poke = poke
         self._clock = clock
         self.looks_at = math.inf
+        self._statistics: PlannerStatistics = parts["statistics"]
         self._top = pools()[0]
         self._staging = next((pool for pool in pools() if pool.tier is Tier.HOST), self._top)
         parts |= {"limits": limits, "clock": clock}
@@ -150,7 +152,9 @@ class Loader:
                     prefetch.accepted, jobs = 0, []
                 if staging.num_open:
                     self._stagings[id(staging)] = staging, sum([len(job.hashes) for job in jobs])
-                    staging.settled = lambda: self._stagings.pop(id(staging), None)
+                    staging.settled = lambda: self._settle(staging)
+                counts = {name: getattr(prefetch, name) for name in ("accepted", "clipped", "rejected")}
+                self._statistics.prefetched.update(counts)
                 self._open(onboarder, jobs, timeout_s, unsent)
             if not staging.num_open:
                 self._expire(staging)
@@ -199,6 +203,10 @@ class Loader:
             prefetch.accepted += len(blocks)
         prefetch.rejected = len(names) - prefetch.accepted - prefetch.clipped
         return hashes, parts
+
+    def _settle(self, staging: Staging) -> None:
+        if self._stagings.pop(id(staging), None) is not None:
+            self._statistics.prefetched["arrived"] += staging.num_arrived
 
     def _room(self, pool: BlockPool) -> int:
         """Count the blocks that may still be staged in a pool."""

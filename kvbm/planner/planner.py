@@ -330,6 +330,7 @@ class Planner:
             overdue = self._note_overdue()
             with self._counting:
                 counts = self._statistics.copy()
+            counts.restored.update(self.records.restored)
         self._dispatcher.revoke(overdue)
         return counts
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -64,6 +64,7 @@ class RecordKeeper:
         clock: Callable[[], float],
     ) -> None:
         self.tiers = frozenset(tiers)
+        self.restored: Counter[str] = Counter()  # blocks that were there at the start, by tier
         self.keyed_tiers = frozenset(keyed_tiers)
         self._next_id = next_id
         self._submit = submit
@@ -192,6 +193,7 @@ class RecordKeeper:
             try:
                 ids, hashes, parents, priorities = intersect(entry.results, pool.total_blocks)
                 pool.restore_blocks(ids, hashes, parents, priorities)
+                self.restored[pool.tier.value] += len(ids)
             except Exception as error:
                 return [partial(_fail, transfer, error)]
             return [lambda: _end(transfer, len(ids))]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,14 @@ class File:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_DIRECT if is_direct else 0), 0o600)
         self.num_closed = 0
         os.ftruncate(self.fd, nbytes)
+
+    @contextlib.contextmanager
+    def scratch(self, nbytes: int) -> Iterator[int]:
+        """Give a file to measure the device with."""
+        with tempfile.TemporaryFile(dir=self.path.parent) as other:
+            other.write(bytes(nbytes))
+            other.flush()
+            yield other.fileno()
 
     def close(self) -> None:
         self.num_closed += 1

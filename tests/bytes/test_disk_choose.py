@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -38,7 +39,6 @@ def decide(
     return choose_engine(
         setting,
         file,
-        nbytes=NUM_SLOTS * PAGE,
         block_nbytes=PAGE,
         slot_nbytes=PAGE,
         num_threads=2,
@@ -144,30 +144,49 @@ def test_faster_kind_is_taken_and_among_equals_the_cheaper(
 ) -> None:
     fake = FakeQueues({"uring": uring, "threads": threads})
     monkeypatch.setattr(choose, "time", fake)
-    answer = compare_kinds(fake, 0, 1 << 20, depth=8, num_threads=2)
+    answer = compare_kinds(fake, 0, depth=8, num_threads=2)
     assert answer[0] == name
-    assert answer[1].startswith(f"{reason}: 16 reads took a ring {uring[0] * 1e3:.2f} ms, {uring[1] * 1e3:.2f} ms of")
-    assert fake.num_turns == 8
+    took = f"16 writes and reads took a ring {2e3 * uring[0]:.2f} ms, {2e3 * uring[1]:.2f} ms of"
+    assert answer[1].startswith(f"{reason}: {took}")
+    assert fake.num_turns == 16
 
 
 def test_slow_disk_does_not_hold_up_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeQueues({"uring": (1.0, 0.0), "threads": (1.0, 0.0)})
     monkeypatch.setattr(choose, "time", fake)
-    answer = compare_kinds(fake, 0, 1 << 20, depth=8, num_threads=2)
+    answer = compare_kinds(fake, 0, depth=8, num_threads=2)
     assert answer == ("threads", "the disk is too slow to probe within 50 ms")
-    assert fake.num_turns == 1
+    assert fake.num_turns == 2
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.ENOMEM])
 def test_system_that_refuses_a_ring_gets_threads(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     fake = FakeQueues({"uring": (1.0, 0.0), "threads": (1.0, 0.0)}, code=code)
-    answer = compare_kinds(fake, 0, 1 << 20, depth=8, num_threads=2)
+    answer = compare_kinds(fake, 0, depth=8, num_threads=2)
     assert answer == ("threads", f"cannot set up an io_uring: {os.strerror(code).lower()}")
 
 
 def test_file_that_cannot_be_probed_gets_threads() -> None:
     fake = FakeQueues({"uring": (1e-3, 0.0), "threads": (1e-3, 0.0)}, errnos=errno.EIO)
-    answer = compare_kinds(fake, 0, 1 << 20, depth=8, num_threads=2)
-    assert answer == ("threads", "the data file could not be read in a probe")
-    answer = compare_kinds(fake, 0, 4095, depth=8, num_threads=2)
-    assert answer == ("threads", "the data file is too small to probe")
+    answer = compare_kinds(fake, 0, depth=8, num_threads=2)
+    assert answer == ("threads", "a probe could not be written and read")
+
+
+@needs_queues
+def test_directory_without_room_for_a_probe_gets_threads(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def refuse(nbytes: int) -> Iterator[int]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    monkeypatch.setattr(file, "scratch", refuse)
+    choice = decide(file)
+    assert (choice.name, choice.reason) == ("threads", "there is no file to probe with: No space left on device")
+    choice.engine.stop()
+
+
+@needs_queues
+def test_probe_leaves_no_file(file: File) -> None:
+    before = list(file.path.parent.iterdir())
+    decide(file).engine.stop()
+    assert list(file.path.parent.iterdir()) == before

@@ -62,6 +62,8 @@ def test_failed_syncs_and_damaged_records_are_told(
     again = make_manager(disk_path=folder)
     collector = KvbmCollector(again)
     assert scrape(collector).value("kvbm_disk_damaged_records", tier="disk") == 1
+    assert scrape(collector).value("kvbm_restored_blocks_total", tier="disk") == 2
+    assert scrape(collector).value("kvbm_restored_blocks_total", tier="host") == 0
     assert scrape(collector).value("kvbm_disk_sync_failures_total", tier="disk") == 0
 
     def refuse(self: OsCalls, fd: int) -> None:
@@ -144,8 +146,11 @@ def test_what_a_prefetch_brings_counts_under_its_route(make_manager: MakeManager
     manager.reset_pool("device")
     manager.reset_pool("host")
     assert manager.prefetch(hashes).result(60) == 3
+    assert manager.prefetch(hashes).rejected == 3
     samples = scrape(KvbmCollector(manager))
     assert samples.value("kvbm_onboard_blocks_total", source="disk", destination="host") == 3
+    answers = ("accepted", "clipped", "rejected", "arrived")
+    assert [samples.value("kvbm_prefetch_blocks_total", answer=answer) for answer in answers] == [3, 0, 3, 3]
 
 
 def test_routes_have_estimates_once_they_were_measured(make_manager: MakeManager, scrape: Scrape) -> None:

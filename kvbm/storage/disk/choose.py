@@ -1,7 +1,8 @@
 """Which engine moves the blocks of a slab: a ring, native threads, or Python's, and why.
 
-Left to itself it takes what a probe of a few milliseconds shows: some reads of the data file with each native kind in
-turn, timed by the clock and by the processor.
+Left to itself it takes what a probe of a few milliseconds shows: some writes and reads of a file beside the data file,
+with each native kind in turn, timed by the clock and by the processor. The data file itself would not do: what was
+never written in it is never read from the device.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _log = logging.getLogger("kvbm.storage.disk")
 
 ENGINES = ("auto", "uring", "threads", "python")
 
-_PROBE_NBYTES = 64 << 10  # of each read
-_PROBE_READS = 16  # of each turn
+_PROBE_BLOCK_NBYTES = 64 << 10  # of each write and read
+_PROBE_BLOCKS = 16  # of each turn
+PROBE_NBYTES = _PROBE_BLOCKS * _PROBE_BLOCK_NBYTES
 _PROBE_TURNS = 3  # of each kind; the best counts
 _PROBE_LIMIT_S = 0.05  # no turn begins after that: a slow disk is not to hold up the opening
 _NOTICEABLE = 1.1  # what is less is noise
@@ -89,7 +91,6 @@ def choose_engine(
     setting: str,
     files: Slab,
     *,
-    nbytes: int,
     block_nbytes: int,
     slot_nbytes: int,
     num_threads: int,
@@ -104,8 +105,6 @@ def choose_engine(
     ----------
     setting : {"auto", "uring", "threads", "python"}
     files : Slab
-    nbytes : int
-        Of the data file.
     block_nbytes, slot_nbytes, num_threads, depth, max_queued_nbytes : int
         As the engines take them.
     os_calls : OsCalls
@@ -122,15 +121,13 @@ def choose_engine(
 
     Notes
     -----
-    Logs one line. "auto" reads at most 6 MiB of the data file, and begins nothing after 50 ms.
+    Logs one line. "auto" writes and reads a file of 1 MiB that is gone afterwards, and begins nothing after 50 ms.
     """
     if setting not in ENGINES:
         raise ConfigError(f"engine is {setting!r}, give one of {', '.join(ENGINES)}")
     name, reason = setting, "asked for"
     if setting == "auto":
-        name, reason = _decide(
-            files.fd, nbytes, depth=depth, num_threads=num_threads, os_calls=os_calls, disk_io=disk_io
-        )
+        name, reason = _decide(files, depth=depth, num_threads=num_threads, os_calls=os_calls, disk_io=disk_io)
     engine: Engine
     if name == "python":
         engine = DiskEngine(
@@ -158,15 +155,14 @@ def choose_engine(
     return EngineChoice(engine, name, reason)
 
 
-def compare_kinds(disk_io: ModuleType, fd: int, nbytes: int, *, depth: int, num_threads: int) -> tuple[str, str]:
-    """Read some of a file with both kinds of native queues in turn; give the better kind, and why.
+def compare_kinds(disk_io: ModuleType, fd: int, *, depth: int, num_threads: int) -> tuple[str, str]:
+    """Write and read a file with both kinds of native queues in turn; give the better kind, and why.
 
     Parameters
     ----------
     disk_io : module
     fd : int
-    nbytes : int
-        Of the file.
+        Of a file of `PROBE_NBYTES` that were written before.
     depth, num_threads : int
 
     Notes
@@ -174,9 +170,6 @@ def compare_kinds(disk_io: ModuleType, fd: int, nbytes: int, *, depth: int, num_
     The clock decides where it sees a difference of a tenth, else the processor time, else the ring has it. Without a
     ring it is threads.
     """
-    size = min(_PROBE_NBYTES, nbytes // 4096 * 4096)
-    if not size:
-        return "threads", "the data file is too small to probe"
     try:
         queues = {
             kind: disk_io.DiskQueue(fd, kind=kind, depth=depth, num_threads=num_threads)
@@ -184,19 +177,21 @@ def compare_kinds(disk_io: ModuleType, fd: int, nbytes: int, *, depth: int, num_
         }
     except StorageError as error:
         return "threads", error.strerror or str(error)
-    memory = aligned_empty(_PROBE_READS, size)
-    offsets = np.random.default_rng(0).integers(0, nbytes // size, _PROBE_READS) * size
-    addresses = memory.ctypes.data + np.arange(_PROBE_READS, dtype=np.uint64) * np.uint64(size)
-    arrays = offsets, np.ones(_PROBE_READS, dtype=np.int64), addresses, np.full(_PROBE_READS, size, dtype=np.uint64)
+    memory = aligned_empty(_PROBE_BLOCKS, _PROBE_BLOCK_NBYTES)
+    memory[:] = 0x5A
+    offsets = np.random.default_rng(0).permutation(_PROBE_BLOCKS) * _PROBE_BLOCK_NBYTES
+    addresses = memory.ctypes.data + np.arange(_PROBE_BLOCKS, dtype=np.uint64) * np.uint64(_PROBE_BLOCK_NBYTES)
+    sizes = np.full(_PROBE_BLOCKS, _PROBE_BLOCK_NBYTES, dtype=np.uint64)
+    arrays = offsets, np.ones(_PROBE_BLOCKS, dtype=np.int64), addresses, sizes
     give_up = time.monotonic() + _PROBE_LIMIT_S
     costs: dict[str, list[_Cost]] = {kind: [] for kind in queues}
     for turn in range(1 + _PROBE_TURNS):
         for kind, queue in queues.items():
             if time.monotonic() > give_up:
                 break
-            cost = _read_once(queue, turn + 1, arrays, memory)
+            cost = _move_once(queue, 2 * turn + 1, arrays, memory)
             if cost is None:
-                return "threads", "the data file could not be read in a probe"
+                return "threads", "a probe could not be written and read"
             if turn:  # the first one starts threads and touches memory
                 costs[kind].append(cost)
     threads, uring = costs["threads"], costs["uring"]
@@ -206,23 +201,29 @@ def compare_kinds(disk_io: ModuleType, fd: int, nbytes: int, *, depth: int, num_
 
 
 def _decide(
-    fd: int, nbytes: int, *, depth: int, num_threads: int, os_calls: OsCalls, disk_io: ModuleType | None
+    files: Slab, *, depth: int, num_threads: int, os_calls: OsCalls, disk_io: ModuleType | None
 ) -> tuple[str, str]:
     """Give the engine that "auto" stands for, and why."""
     if type(os_calls) is not OsCalls:
         return "python", "the calls to the operating system are replaced"
     if disk_io is None:
         return "python", "the native twin is absent or has no disk queues"
-    return compare_kinds(disk_io, fd, nbytes, depth=depth, num_threads=num_threads)
+    try:
+        with files.scratch(PROBE_NBYTES) as fd:
+            return compare_kinds(disk_io, fd, depth=depth, num_threads=num_threads)
+    except OSError as error:
+        return "threads", f"there is no file to probe with: {error.strerror or error}"
 
 
-def _read_once(queue: Any, token: int, arrays: tuple[Any, ...], memory: npt.NDArray[np.uint8]) -> _Cost | None:
-    """Read a turn; None where that failed."""
+def _move_once(queue: Any, token: int, arrays: tuple[Any, ...], memory: npt.NDArray[np.uint8]) -> _Cost | None:
+    """Write and read a turn; None where that failed."""
     cpu, begin = time.process_time(), time.perf_counter()
-    queue.submit(token, True, *arrays, memory)
-    ((_, errnos, _, _),) = queue.wait()
-    cost = _Cost(time.perf_counter() - begin, time.process_time() - cpu)
-    return None if errnos.any() else cost
+    for is_read in (False, True):
+        queue.submit(token + is_read, is_read, *arrays, memory)
+        ((_, errnos, _, _),) = queue.wait()
+        if errnos.any():
+            return None
+    return _Cost(time.perf_counter() - begin, time.process_time() - cpu)
 
 
 def _best(costs: list[_Cost]) -> _Cost:
@@ -230,7 +231,7 @@ def _best(costs: list[_Cost]) -> _Cost:
 
 
 def _judge(threads: _Cost, uring: _Cost) -> tuple[str, str]:
-    figures = f"{_PROBE_READS} reads took a ring {uring}, threads {threads}"
+    figures = f"{_PROBE_BLOCKS} writes and reads took a ring {uring}, threads {threads}"
     if uring.wall_s > threads.wall_s * _NOTICEABLE:
         return "threads", f"threads are faster: {figures}"
     if threads.wall_s > uring.wall_s * _NOTICEABLE:

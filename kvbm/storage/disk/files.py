@@ -167,6 +167,29 @@ class SlabFiles:
         self.fd = fd
         self.io_mode, self.io_mode_reason = "direct", "an aligned probe came back as written"
 
+    @contextlib.contextmanager
+    def scratch(self, nbytes: int) -> Iterator[int]:
+        """Give a file without a name, of so many bytes that were written, in the data file's directory and I/O mode.
+
+        Raises
+        ------
+        OSError
+            It cannot be had.
+        """
+        self._remove(self._probe_name)
+        direct = os.O_DIRECT if self.io_mode == "direct" else 0
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | direct | SAFE_FLAGS
+        fd = self.os_calls.open(self._probe_name, flags, dir_fd=self._directory_fd)
+        self._remove(self._probe_name)
+        try:
+            content = aligned_empty(1, nbytes)
+            content[:] = 0x5A
+            if retry(self.os_calls.pwritev, fd, [content], 0) != nbytes:
+                raise OSError(errno.EIO, "the file to probe with could not be written whole")
+            yield fd
+        finally:
+            self._close_fd(fd)
+
     # -- opening, step by step ---------------------------------------------------------------------------------
 
     def _open_directory(self, undo: contextlib.ExitStack) -> bool:

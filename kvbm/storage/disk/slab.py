@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from kvbm.storage.disk.calls import OsCalls
@@ -105,6 +106,10 @@ class Slab:
     def io_mode(self) -> str:
         """How the data file is read and written: "direct" or "buffered"."""
         return self.files.io_mode
+
+    def scratch(self, nbytes: int) -> AbstractContextManager[int]:
+        """Give a file to measure the device with; see `SlabFiles.scratch`."""
+        return self.files.scratch(nbytes)
 
     def note(self, *, has_data: bool) -> None:
         """Say that something was written, so that it is synced within the interval."""

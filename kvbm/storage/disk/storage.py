@@ -162,7 +162,6 @@ class DiskStorage(Storage):
             choice = choose_engine(
                 engine,
                 self._slab,
-                nbytes=layout.num_blocks * self.slot_nbytes,
                 block_nbytes=layout.block_nbytes,
                 slot_nbytes=self.slot_nbytes,
                 num_threads=num_threads,
