@@ -20,7 +20,6 @@ from kvbm.jobs import LocalChannel
 from kvbm.layout import BlockLayout
 from kvbm.planner import Limits, OffloadPolicy, Planner, PlannerThread
 from kvbm.planner.policies import WriteBudget
-from kvbm.planner.restore import restore_pools
 from kvbm.plugins import load_plugin
 from kvbm.pool import BlockPool
 from kvbm.provision import make_storages
@@ -208,9 +207,12 @@ def _join(
         ttls_s=ttls_s,
         limits=_limits(config),
     )
-    restore_pools(planner.pools[1:], planner.records)
-    for presence in planner.presences:
-        presence.list()
+    try:
+        planner.restore()
+    except BaseException:  # ctrl-C
+        planner.close(0.0)
+        executor.close()
+        raise
     thread = PlannerThread(planner) if policies or ttls_s else None
     return Assembly(layouts, storages, pools, executor, planner, thread)
 

@@ -14,7 +14,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,18 +23,22 @@ from kvbm._backend import Backend, default_backend
 from kvbm.errors import ConfigError
 from kvbm.jobs import CopyJob, ForgetJob, InventoryJob, Job, JobResult, Outcome, ProbeJob, TouchedJob, Transfer
 from kvbm.jobs.messages import answer_all
+from kvbm.landing import wait_until_landed
+from kvbm.layout import BlockLayout
 from kvbm.reasons import Reasons, text_of
+from kvbm.rows import rows_of
 from kvbm.storage.base import Storage
 from kvbm.storage.staging import StagingRing
 from kvbm.transfer import TransferEngine
-from kvbm.types import IdArray, Places, Tier
+from kvbm.types import HashArray, IdArray, Places, Tier
 
 _log = logging.getLogger("kvbm.executor")
 
-_CHUNK_NBYTES = 1 << 20  # of one read into the ring: what has landed is copied while the rest is on its way
+_CHUNK_NBYTES = 4 << 20  # of one read into the ring: what has landed is copied while the rest is on its way
 _CHUNKS_AHEAD = 4
-_STAGING_BLOCKS, _STAGING_NBYTES = 16, 16 << 20
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1e-3, 0.1  # between two looks at a write that does not let go of its rows
+_STAGING_BLOCKS, _STAGING_NBYTES = 16, 32 << 20
+_PAGE_NBYTES = 4096
+_TIME_IS_OVER = "its time was over"
 
 Outcomes = npt.NDArray[np.uint8]
 
@@ -50,7 +53,7 @@ class Executor:
     copy_threads : int
         Threads that share one copy; 0 takes the machine's cores, at most 4. Offloads use half of them.
     staging_blocks : int
-        Slots of the ring that blocks pass through on their way to or from storages without addresses; 0 takes 16 MiB,
+        Slots of the ring that blocks pass through on their way to or from storages without addresses; 0 takes 32 MiB,
         at least 16 slots.
     small_nbytes : int
         Copies between memories up to this size count as small (`is_small`).
@@ -84,7 +87,7 @@ class Executor:
         remote = [storage for storage in storages.values() if not storage.capabilities.is_addressable]
         self._staging: StagingRing | None = None
         if remote:
-            num_slots = staging_blocks or max(_STAGING_BLOCKS, _STAGING_NBYTES // remote[0].layout.block_nbytes)
+            num_slots = staging_blocks or _num_slots_of(remote[0].layout)
             self._staging = StagingRing(remote[0].layout, num_slots, backend=backend, clock=clock)
 
     def is_small(self, job: Job) -> bool:
@@ -118,6 +121,8 @@ class Executor:
             outcomes, reason = self._copy(job, deadline)
             num_good = int((outcomes == Outcome.OK).sum())
             nbytes = num_good * self._storage(job.destination).layout.block_nbytes if num_good else 0
+            if (outcomes == Outcome.CORRUPT).any():
+                self._complain(job, outcomes)
             is_away = not all(self._is_there(tier) for tier in (job.source, job.destination))
             return JobResult(
                 job_id=job.job_id,
@@ -134,9 +139,14 @@ class Executor:
             answer = answer_all(job, Outcome.FAILED, text_of(error))
             return msgspec.structs.replace(answer, is_away=not self._is_there(job.tier))
 
+    def _complain(self, job: CopyJob, outcomes: Outcomes) -> None:
+        (places,) = (outcomes == Outcome.CORRUPT).nonzero()
+        block_id, name = job.source_ids[places[0]], job.hashes[places[0]].tobytes().hex()
+        text = "checksum mismatch tier=%s block_id=%d hash=%s num_blocks=%d"
+        _log.warning(text, job.source.value, block_id, name, len(places))
+
     def _is_there(self, tier: Tier) -> bool:
-        storage = self._storages.get(tier)
-        return storage is None or storage.is_available
+        return tier not in self._storages or self._storages[tier].is_available
 
     def close(self) -> None:
         """Let go of what the executor made; the caller has seen to it that no job runs."""
@@ -163,8 +173,11 @@ class Executor:
                 "copy failed job_id=%d source=%s destination=%s num_blocks=%d error=%r",
                 job.job_id, job.source.value, job.destination.value, len(job.hashes), error,
             )  # fmt: skip
-            lost = Outcome.FAILED if self._is_there(job.source) else Outcome.LATE  # what cannot be reached may be good
-            return np.full(len(job.hashes), lost, dtype=np.uint8), text_of(error)
+            return np.full(len(job.hashes), self._lost(job), dtype=np.uint8), text_of(error)
+
+    def _lost(self, job: CopyJob) -> Outcome:
+        """Tell what blocks are that did not come: those of a storage that cannot be reached may be good."""
+        return Outcome.FAILED if self._is_there(job.source) else Outcome.LATE
 
     def _is_over(self, deadline: float | None) -> bool:
         return deadline is not None and self._clock() >= deadline
@@ -182,7 +195,7 @@ class Executor:
         staging = self._ring()
         num_blocks = len(job.hashes)
         outcomes = np.full(num_blocks, Outcome.LATE, dtype=np.uint8)
-        reasons = Reasons("its time was over")
+        reasons = Reasons()
         reading: deque[tuple[slice, IdArray, Transfer[npt.NDArray[np.bool_]]]] = deque()
         chunk = max(1, min(_CHUNK_NBYTES // self._storage(job.source).layout.block_nbytes, staging.num_slots // 2))
         num_ahead = min(_CHUNKS_AHEAD, max(2, staging.num_slots // chunk))
@@ -198,7 +211,7 @@ class Executor:
                         reading.append((part, slots, self._read(job, part, slots)))
                     except Exception as error:  # no byte has moved
                         staging.give(slots)
-                        outcomes[part] = Outcome.FAILED
+                        outcomes[part] = self._lost(job)
                         reasons.add(text_of(error))
                     continue
             if not reading:  # the time is over, or the ring is full of I/O that does not end
@@ -211,11 +224,14 @@ class Executor:
                 outcomes[part], reason = self._land(job, part, slots, transfer.result())
                 reasons.add(reason)
             except Exception as error:
-                outcomes[part] = Outcome.FAILED
+                outcomes[part] = self._lost(job)
                 reasons.add(text_of(error))
             finally:
                 staging.give(slots)
-        return outcomes, reasons.text(outcomes)
+        else:
+            return outcomes, str(reasons)
+        reasons.add(_TIME_IS_OVER)
+        return outcomes, str(reasons)
 
     def _read(self, job: CopyJob, part: slice, slots: IdArray) -> Transfer[npt.NDArray[np.bool_]]:
         source = self._storage(job.source)
@@ -235,8 +251,7 @@ class Executor:
         staging, source, destination = self._ring(), self._storage(job.source), self._storage(job.destination)
         reason = ""
         from_ids, to_ids = job.source_ids[part], job.destination_ids[part]
-        lost = Outcome.FAILED if source.is_available else Outcome.LATE  # what cannot be reached may be good
-        outcomes = np.full(len(slots), lost, dtype=np.uint8)
+        outcomes = np.full(len(slots), self._lost(job), dtype=np.uint8)
         is_whole = is_read & source.has_checksum[from_ids] if self._verifies else is_read
         staging.storage.checksums[slots] = source.checksums[from_ids]
         staging.storage.has_checksum[slots] = source.has_checksum[from_ids]
@@ -255,21 +270,27 @@ class Executor:
             )
             places = places[~good]
         if len(places):  # the planner holds the source until it hears of this, so its slot cannot be another's yet
-            source.disown(from_ids[places], job.hashes[part][places])
+            self._disown(source, from_ids[places], job.hashes[part][places])
         if reason:
             return outcomes, reason
         if (outcomes == Outcome.CORRUPT).any():
             return outcomes, "checksum mismatch"
         return outcomes, "" if is_whole.all() else "read error" if not is_read.all() else "nothing was kept there"
 
+    def _disown(self, source: Storage, block_ids: IdArray, hashes: HashArray) -> None:
+        try:
+            source.disown(block_ids, hashes)
+        except Exception as error:  # the good blocks of the job are as good as ever
+            _log.warning("bad blocks stay known source=%r num_blocks=%d error=%r", source, len(hashes), error)
+
     def _copy_down(self, job: CopyJob, deadline: float | None) -> tuple[Outcomes, str]:
         source, destination = self._storage(job.source), self._storage(job.destination)
-        memory = _rows_of(source, destination)
+        memory = rows_of(source, destination)
         if memory is not None:
             return self._write(job, memory, job.source_ids, np.arange(len(job.hashes)), self._known_checksums(job))
         staging = self._ring()
         outcomes = np.full(len(job.hashes), Outcome.LATE, dtype=np.uint8)
-        reasons = Reasons("its time was over")
+        reasons = Reasons()
         start = 0
         while start < len(job.hashes) and not self._is_over(deadline):
             slots = staging.take(len(job.hashes) - start, deadline, is_urgent=job.is_urgent)
@@ -290,7 +311,9 @@ class Executor:
             finally:
                 staging.give(slots)
             start = part.stop
-        return outcomes, reasons.text(outcomes)
+        if start < len(job.hashes):
+            reasons.add(_TIME_IS_OVER)
+        return outcomes, str(reasons)
 
     def _write(
         self,
@@ -308,7 +331,7 @@ class Executor:
         try:
             is_written = transfer.result()
         finally:  # its waiter may hear of the end while the storage still looks at the rows
-            _wait_until_landed(transfer)
+            wait_until_landed(transfer)
         self._record(job, places[is_written], None if checksums is None else checksums[is_written])
         outcomes = np.where(is_written, Outcome.OK, Outcome.FAILED).astype(np.uint8)
         return outcomes, "" if is_written.all() else "write error"
@@ -366,27 +389,11 @@ class Executor:
         return self._staging
 
 
-def _wait_until_landed(transfer: Transfer[Any]) -> None:
-    """Wait until no byte of a transfer moves; rare, so nobody is told: look, less and less often."""
-    pause_s = _SHORTEST_PAUSE_S
-    while transfer.is_draining:
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+def _num_slots_of(layout: BlockLayout) -> int:
+    """Give the slots that fill the bytes of the ring, each from one page to another."""
+    slot_nbytes = -(-layout.block_nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
+    return max(_STAGING_BLOCKS, _STAGING_NBYTES // slot_nbytes)
 
 
 def _judge(good: npt.NDArray[np.bool_]) -> Outcomes:
     return np.where(good, Outcome.OK, Outcome.CORRUPT).astype(np.uint8)
-
-
-def _rows_of(source: Storage, destination: Storage) -> npt.NDArray[np.uint8] | None:
-    """Give the source's memory as a row a block, where a block lies there as the destination keeps it."""
-    layout = source.layout
-    if not layout.is_dense or layout.region_order != destination.layout.region_order:
-        return None
-    buffers: list[npt.NDArray[np.uint8]] | None = getattr(source, "buffers", None)
-    if not buffers:  # addresses are all it has
-        return None
-    stride = layout.strides.block
-    # The last block may end with the buffer, without the gap that others have behind them.
-    nbytes = stride if buffers[0].size >= layout.num_blocks * stride else layout.block_nbytes
-    return np.lib.stride_tricks.as_strided(buffers[0], shape=(layout.num_blocks, nbytes), strides=(stride, 1))

@@ -13,7 +13,7 @@ from kvbm.layout import BlockLayout
 from kvbm.plugins import load_plugin
 from kvbm.storage.base import Storage
 from kvbm.storage.device import DeviceStorage
-from kvbm.storage.disk.format import RECORD_NBYTES
+from kvbm.storage.disk.format import RECORD_NBYTES, RECORDS_AT
 from kvbm.storage.host import HostStorage
 from kvbm.types import Tier
 
@@ -71,7 +71,9 @@ def _make_layout(config: Config, tier: Tier) -> BlockLayout:
     nbytes = one.buffer_nbytes * one.num_buffers
     if tier is Tier.DISK:  # a slot of the file, and its record
         nbytes = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES + RECORD_NBYTES
-    num_blocks = config.num_blocks_of(tier, nbytes)
+    # Beside the slots lie the index's header, and a lock file of one page.
+    reserved = RECORDS_AT + _PAGE_NBYTES if tier is Tier.DISK else 0
+    num_blocks = config.num_blocks_of(tier, nbytes, reserved_nbytes=reserved)
     return _lay_out(section.layout, num_blocks=num_blocks, **dimensions)
 
 
@@ -109,6 +111,7 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
     """
     layout = _make_layout(config, tier)
     section = config.tier(tier)
+    fingerprint = slab_fingerprint(model, layout, rank=config.runtime.rank, num_ranks=config.runtime.num_ranks)
     if tier is Tier.DISK:
         from kvbm.storage.disk import DiskStorage  # most managers have no disk tier
 
@@ -116,8 +119,8 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
         return DiskStorage(
             layout,
             config.disk.path,
-            name=config.disk.slab,
-            fingerprint=slab_fingerprint(model, layout),
+            name=config.disk.slab or f"rank{config.runtime.rank}",
+            fingerprint=fingerprint,
             on_mismatch=config.disk.on_mismatch,
             engine=config.disk.engine,
             num_threads=config.runtime.io_threads,
@@ -131,10 +134,14 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
         from kvbm.storage.object_store import ObjectStorage
 
         assert config.remote.url is not None, "checked by the configuration"
+        if model is None:  # others share it: blocks of another model of the same shape would be taken for ours
+            raise ConfigError(
+                "an object store is shared, so it needs to know the model: give model.fingerprint (model=)"
+            )
         return ObjectStorage(
             layout,
             config.remote.url,
-            fingerprint=slab_fingerprint(model, layout),
+            fingerprint=fingerprint,
             prefix=config.remote.prefix,
             max_concurrency=config.remote.max_concurrency,
             timeout_s=config.remote.request_timeout_s,

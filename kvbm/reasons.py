@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from kvbm.jobs import Outcome
-
 
 class Reasons:
-    """Collects why blocks of one job failed.
+    """Collects why blocks of one job failed; as text, all of it."""
 
-    Parameters
-    ----------
-    late : str
-        The reason of blocks that were not begun, or not awaited.
-    """
-
-    def __init__(self, late: str) -> None:
-        self._late = late
+    def __init__(self) -> None:
         self._seen: dict[str, None] = {}
 
     def add(self, reason: str) -> None:
@@ -26,10 +14,7 @@ class Reasons:
         if reason:
             self._seen[reason] = None
 
-    def text(self, outcomes: npt.NDArray[np.uint8]) -> str:
-        """Give all reasons; that of late blocks is among them where there are any: (num_blocks,) `Outcome`."""
-        if (outcomes == Outcome.LATE).any():
-            self.add(self._late)
+    def __str__(self) -> str:
         return ", ".join(self._seen)
 
 

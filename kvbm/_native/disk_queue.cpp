@@ -101,7 +101,7 @@ int DiskQueue::submit(std::unique_ptr<DiskBatch> batch, bool is_again) {
     if (const int error = start_threads(num_operations)) return error;
   }
   DiskBatch* const taken = batch.get();
-  last_token_ = taken->token;
+  if (!is_again) last_token_ = taken->token;
   taken->num_left = num_operations;
   open_.emplace(taken->token, std::move(batch));
   if (num_operations) {

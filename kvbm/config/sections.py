@@ -59,6 +59,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         NaturalInt, key("Threads that copy blocks; 0 takes as many as there are cores, at most 4.", "0 or more")
     ] = 0
     io_threads: Annotated[PositiveInt, key("Threads that read and write the disk tier.", _COUNT)] = 4
+    rank: Annotated[NaturalInt, key("This worker's rank: its shard of each block is its own.", "0 or more")] = 0
+    num_ranks: Annotated[PositiveInt, key("Ranks that share a model.", _COUNT)] = 1
     onboard_timeout_s: Annotated[Seconds, key("Seconds after which onboarding ends for its waiter.", _SECONDS)] = 30.0
     offload_timeout_s: Annotated[Seconds, key("Seconds after which an offload job is given up.", _SECONDS)] = 30.0
     close_timeout_s: Annotated[Seconds, key("Seconds that closing waits for work under way.", _SECONDS)] = 10.0
@@ -191,7 +193,9 @@ class DiskConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             is_size=True,
         ),
     ] = 0
-    slab: Annotated[Text, key("Name of this rank's slab; several share a directory.", "a plain name")] = "rank0"
+    slab: Annotated[
+        Text | None, key("Name of this rank's slab; several share a directory; left out, rank0 and so on.", _TEXT)
+    ] = None
     on_mismatch: Annotated[
         str,
         key(
@@ -293,7 +297,7 @@ class OffloadConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     staging_blocks: Annotated[
         NaturalInt,
         key(
-            "Blocks of the ring that bytes pass through on their way to and from disk and network; 0 takes 16 MiB, "
+            "Blocks of the ring that bytes pass through on their way to and from disk and network; 0 takes 32 MiB, "
             "at least 16 blocks.",
             "0 or more",
         ),

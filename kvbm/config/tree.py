@@ -99,7 +99,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         found: TierConfig = getattr(self, name)
         return found
 
-    def num_blocks_of(self, tier: Tier | str, block_nbytes: int) -> int:
+    def num_blocks_of(self, tier: Tier | str, block_nbytes: int, *, reserved_nbytes: int = 0) -> int:
         """Count the blocks of a tier.
 
         Parameters
@@ -108,6 +108,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "device", "host", "disk" or "remote".
         block_nbytes : int
             Bytes of one block in the tier's layout, padding included.
+        reserved_nbytes : int
+            Bytes of `size` that are no blocks.
 
         Returns
         -------
@@ -127,11 +129,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return REMOTE_BLOCKS
         if config.nbytes is None:
             return 0
-        num_blocks, path = config.nbytes // block_nbytes, f"{config.section}.size"
+        num_blocks, path = (config.nbytes - reserved_nbytes) // block_nbytes, f"{config.section}.size"
         if num_blocks < 1:
+            needed = block_nbytes + reserved_nbytes
             raise refused(
-                f"{path} is {config.nbytes} bytes and one block takes {block_nbytes}: give at least that, or leave "
-                "the tier out",
+                f"{path} is {config.nbytes} bytes and one block takes {needed}: give at least that, or leave the tier "
+                "out",
                 path,
             )
         if num_blocks > MAX_BLOCKS:

@@ -87,7 +87,7 @@ class LocalChannel:
         self._clock = clock
         self._receive: Receive | None = None
         self._lock = threading.Condition(threading.Lock())  # guards what follows; never held while a job runs
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[tuple[str, bool], _Lane] = {}
         self._callers: list[int] = []  # threads that run a job of their own, by ident
         self._is_closed = False
 
@@ -107,11 +107,13 @@ class LocalChannel:
                 raise PoolClosed("the channel to the executor is closed")
             if not is_small:
                 name = _lane_of(job)
-                lane = self._lanes.get(name)
+                is_urgent = isinstance(job, CopyJob) and job.is_urgent
+                lane = self._lanes.get((name, is_urgent))
                 if lane is None:
-                    is_urgent = isinstance(job, CopyJob) and job.is_urgent
                     num_threads = _IO_THREADS if isinstance(job, CopyJob) and not self._is_one_copy(job) else 1
-                    lane = self._lanes[name] = _Lane(name, self._run, is_urgent=is_urgent, num_threads=num_threads)
+                    lane = self._lanes[name, is_urgent] = _Lane(
+                        name, self._run, is_urgent=is_urgent, num_threads=num_threads
+                    )
                 lane.put(job, deadline)  # under the lock: a lane that was told to finish takes nothing more
                 return
             self._callers.append(caller)
@@ -201,7 +203,7 @@ class _Lane:
         self, name: str, run: Callable[[Job, float | None], None], *, is_urgent: bool, num_threads: int
     ) -> None:
         self._run = run
-        self._is_urgent = is_urgent  # as its first job: a route goes up or down
+        self._is_urgent = is_urgent
         self._urgent: deque[tuple[Job, float | None]] = deque()
         self._others: deque[tuple[Job, float | None]] = deque()
         self._lock = threading.Lock()  # entered as such: an interrupt cannot come between taking and giving it back

@@ -162,13 +162,13 @@ class Dispatcher:
     def _finish(self, ends: Iterable[After]) -> None:
         was_answering, self._own.is_answering = self.is_answering, True
         try:
-            _run_all(ends)
+            run_all(ends)
         finally:
             self._own.is_answering = was_answering
         self._settled()
 
 
-def _run_all(calls: Iterable[After]) -> None:
+def run_all(calls: Iterable[After]) -> None:
     """Call each, also when one before it raises; then raise the first error."""
     first: BaseException | None = None
     for call in calls:

@@ -20,7 +20,8 @@ from kvbm.planner.records import RecordKeeper
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, Tier
 
-_TICKS = 1024  # a limit is that many: the moment of a use is known to a tenth of a percent of it
+_TICKS = 256  # a limit is that many: the moment of a use is known to half a percent of it
+_LAST_TICK = 1 << 31  # then they are counted from a later moment
 _WINDOW = 1 << 16  # slots looked at in one step
 _CHUNK = 1024  # blocks that leave in one step
 _LOOKS = 16  # in one limit
@@ -101,12 +102,21 @@ class _Watch:
         self._used_at[ids] = self._tick(self._clock())
 
     def _tick(self, now: float) -> int:
-        return 1 + int((now - self._began_at) * _TICKS / self._ttl_s)
+        return min(1 + int((now - self._began_at) * _TICKS / self._ttl_s), 2 * _LAST_TICK - 1)
+
+    def _begin_later(self) -> None:
+        """Count ticks from a later moment, before they outgrow four bytes; what is old stays old."""
+        num_ticks = _LAST_TICK - 2 * _TICKS
+        self._began_at += num_ticks * self._ttl_s / _TICKS
+        is_used = self._used_at > 0
+        self._used_at[is_used] = np.maximum(self._used_at[is_used].astype(np.int64) - num_ticks, 1)
 
     def look(self, now: float) -> HashArray:
         """Give hashes of old blocks of the next window, at most a chunk: (num_blocks, 2) uint64."""
         if now < self.looks_at and not self.is_looking:
             return np.empty((0, 2), dtype=np.uint64)
+        if self._tick(now) > _LAST_TICK:
+            self._begin_later()
         latest = self._tick(now)
         used_at = self._used_at[self._place : self._place + _WINDOW]
         (places,) = ((used_at > 0) & (used_at < max(0, latest - _TICKS))).nonzero()

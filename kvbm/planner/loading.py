@@ -17,7 +17,7 @@ from kvbm.blocks import ImmutableBlocks
 from kvbm.errors import BlockStateError, NotEnoughBlocksAvailable
 from kvbm.jobs import CopyJob, Transfer
 from kvbm.planner.counters import PlannerStatistics
-from kvbm.planner.dispatch import Dispatcher, Unsent
+from kvbm.planner.dispatch import Dispatcher, Unsent, run_all
 from kvbm.planner.hit import Hit, HitPart, find_sources
 from kvbm.planner.ledger import After
 from kvbm.planner.limits import Limits
@@ -267,8 +267,7 @@ class Loader:
         except BaseException:
             self._dispatcher.give_up(unsent)
             raise
-        for end in ends:
-            end()
+        run_all(ends)
         self._dispatcher.send(unsent)
 
     def _run_here(self, jobs: Sequence[CopyJob], onboarding: Onboarding) -> None:

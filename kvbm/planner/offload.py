@@ -61,18 +61,15 @@ class OffloadRoute:
     ----------
     source, destination : BlockPool
     policy : OffloadPolicy
-        Of this route alone.
     limits : Limits
     counters : RouteCounters
     lineages : Lineages
-        Shared by all routes.
     next_id : callable
         Gives job numbers.
     moved : callable
         Told of blocks that were stored below: route, slots there, hashes, parents.
     complaints : Complaints
     records : RecordKeeper
-        Told of what must not be found by a restart.
     """
 
     def __init__(
@@ -147,6 +144,11 @@ class OffloadRoute:
             )
             self._choose(batch, self._policy.registered)
         return True
+
+    def skip(self) -> None:
+        """Pass over what was registered so far."""
+        if len(rows := self._events.poll_rows(None)):
+            self._last_seq = int(rows["seq"][-1])
 
     def used(self, hashes: HashArray) -> None:
         """Offer blocks of the source that a request has found."""
@@ -363,10 +365,8 @@ class OffloadRoute:
 
     def is_done(self, seq: int) -> bool:
         """Whether nothing that was registered up to this outbox row waits or moves."""
-        first_seq = self._queue.first_seq
-        if first_seq is not None and first_seq <= seq:
-            return False
-        return all(load.seq > seq for load in self._loads.values())
+        is_waiting = (first_seq := self._queue.first_seq) is not None and first_seq <= seq
+        return not is_waiting and all(load.seq > seq for load in self._loads.values())
 
     def carries(self, hashes: HashArray) -> bool:
         """Whether any of these blocks moves."""

@@ -24,6 +24,8 @@ from kvbm.planner.queue import keys_of
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, hash_array
 
+_SPARE_ENDS = 64
+
 
 @dataclass(eq=False)
 class _Batch:
@@ -163,6 +165,9 @@ class Pins:
             return
         self._batch_of.update(dict.fromkeys(keys, batch))
         self._room[id(batch.pool)] -= len(keys)
+        if len(self._ends) > 2 * len(self._batch_of) + _SPARE_ENDS:  # most of them were let go of before their time
+            self._ends = [end for end in self._ends if end[2].blocks.is_live]
+            heapq.heapify(self._ends)
         heapq.heappush(self._ends, (batch.until, next(self._numbers), batch))
 
     def _let_go(self, keys: set[bytes]) -> int:

@@ -25,7 +25,7 @@ from kvbm.jobs.messages import tiers_of
 from kvbm.planner.advice import Advisor
 from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import PlannerStatistics
-from kvbm.planner.dispatch import Dispatcher, Settle, Unsent
+from kvbm.planner.dispatch import Dispatcher, Settle, Unsent, run_all
 from kvbm.planner.estimates import Estimates
 from kvbm.planner.expiry import Expiry
 from kvbm.planner.flush import Flusher
@@ -40,6 +40,7 @@ from kvbm.planner.policies import OffloadPolicy
 from kvbm.planner.prefetch import Prefetch
 from kvbm.planner.presence import Presence
 from kvbm.planner.records import RecordKeeper
+from kvbm.planner.restore import restore_tiers
 from kvbm.planner.routes import make_routes
 from kvbm.planner.touches import Touches, take_all
 from kvbm.pool import BlockPool
@@ -171,6 +172,10 @@ class Planner:
         where, _ = find_sources(self._usable_pools(), hash_array(hashes))
         return first_true(where < 0)
 
+    def restore(self) -> None:
+        """Register what outlived the process; see `restore_tiers`."""
+        restore_tiers(self.pools[1:], self.records, self._routes, self.presences, locked=self._locked)
+
     def onboard(self, hit: Hit, timeout_s: float | None = None) -> Transfer[ImmutableBlocks]:
         """Bring the blocks of a hit into the top tier; see `BlockManager.onboard`."""
         return self.loader.onboard(hit, timeout_s)
@@ -180,7 +185,7 @@ class Planner:
         names = hash_array(hashes)
         prefetch = self.loader.prefetch(names, timeout_s)
         for presence in self.presences:
-            presence.ask(names, lambda found: self.loader.prefetch(found, timeout_s))
+            presence.ask(names, lambda found: prefetch.cancelled() or self.loader.prefetch(found, timeout_s))
             self._poke()
         return prefetch
 
@@ -191,6 +196,8 @@ class Planner:
         with self._locked():
             for route in self._routes:
                 route.prioritised(names)
+        for pool in self.pools[1:]:
+            self.records.touch(pool, [names])
         self._poke()
         return found[0]
 
@@ -297,8 +304,7 @@ class Planner:
             ends: list[After] = [onboarding.finish(error) for onboarding in self.loader.loading()]
             ends.append(partial(self.records.close, error))
             self._changed.notify_all()
-        for end in ends:
-            end()
+        run_all(ends)
         self.pins.unpin()
         are_ended = self._dispatcher.close(timeout_s)
         if not are_ended:

@@ -139,16 +139,21 @@ class Presence:
     def _ask_for_what_is_wanted(self) -> bool:
         found: dict[bytes, tuple[HashArray, HashArray]] = {}
         asking: list[tuple[_Wish, list[bytes]]] = []
+        known: list[tuple[_Wish, set[bytes]]] = []  # since they were wished for: by another's question
         now = self._clock()
         while self._wanted and len(found) < self._limits.job_blocks * _WISHES_AT_ONCE:
             wish = self._wanted.popleft()
             (unknown,) = (self.pool.lookup(wish.hashes) < 0).nonzero()
             keys = keys_of(wish.hashes.take(unknown, axis=0))
+            if wish.then is not None and len(unknown) < len(wish.hashes):
+                known.append((wish, set(keys_of(wish.hashes)).difference(keys)))
             for key, i in zip(keys, unknown.tolist(), strict=True):
                 if wish.then is not None or self._absent.get(key, -np.inf) <= now:
                     found.setdefault(key, (wish.hashes[i], wish.parents[i]))
             if wish.then is not None:
                 asking.append((wish, keys))
+        for wish, there in known:
+            _tell(wish, there)
         if not found:
             return False
         names, above = (np.array(column, dtype=np.uint64) for column in zip(*found.values(), strict=True))
@@ -160,8 +165,8 @@ class Presence:
             if not entry.reason:
                 self._note_absent(names[~entry.ok])
             self.learn(names[entry.ok], above[entry.ok])
-            there = set(keys_of(names[entry.ok]))
-            return [partial(_tell, wish, there.intersection(keys)) for wish, keys in asking]
+            stored = set(keys_of(names[entry.ok]))
+            return [partial(_tell, wish, stored.intersection(keys)) for wish, keys in asking]
 
         job = ProbeJob(job_id=self._next_id(), tier=self.tier, ids=np.zeros(len(names), dtype=np.int32), hashes=names)
         self._submit([(job, settle)])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from kvbm.errors import KvbmError
+from kvbm.planner.offload import OffloadRoute
+from kvbm.planner.presence import Presence
 from kvbm.planner.records import RecordKeeper
 from kvbm.pool import BlockPool
 
@@ -33,3 +36,23 @@ def restore_pools(pools: Iterable[BlockPool], records: RecordKeeper) -> int:
         )
         num_blocks += num_found
     return num_blocks
+
+
+def restore_tiers(
+    pools: Iterable[BlockPool],
+    records: RecordKeeper,
+    routes: Iterable[OffloadRoute],
+    presences: Iterable[Presence],
+    *,
+    locked: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """Restore pools, and ask what keyed tiers hold; nobody waits for those.
+
+    What is restored was offered to the tiers below in its first life, and is not offered again.
+    """
+    restore_pools(pools, records)
+    with locked():
+        for route in routes:
+            route.skip()
+    for presence in presences:
+        presence.list()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from keyed_site import KeyedSite
 
 from kvbm._backend import Backend
 from kvbm.executor import Executor
@@ -115,6 +116,19 @@ def make_site(tmp_path: Path, backend: Backend) -> Iterator[Callable[..., Site]]
         return sites[-1]
 
     (tmp_path / "0").mkdir()
+    yield make
+    for site in sites:
+        site.close()
+
+
+@pytest.fixture
+def make_keyed(backend: Backend) -> Iterator[Callable[..., KeyedSite]]:
+    sites: list[KeyedSite] = []
+
+    def make(**settings: Any) -> KeyedSite:
+        sites.append(KeyedSite(backend, **settings))
+        return sites[-1]
+
     yield make
     for site in sites:
         site.close()

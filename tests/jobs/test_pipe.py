@@ -358,3 +358,38 @@ def test_server_refuses_what_is_no_job_after_it_has_done_what_came_before(copy_j
     assert connection.sent == [done(4)]
     assert connection.closed.is_set()
     assert decode_job(encode(executed[0])).job_id == 4
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "broken pipe"), ConnectionResetError(104, "reset")])
+def test_server_whose_bookkeeping_is_gone_ends_quietly_with_jobs_begun_and_waiting(
+    copy_job: MakeJob, caplog: pytest.LogCaptureFixture, error: OSError
+) -> None:
+    """Nobody can be told of those that wait, nor of the one that ends later; none of them is begun."""
+    has_begun, may_end = threading.Event(), threading.Event()
+    executed: list[int] = []
+
+    def execute(job: Job, deadline: float | None) -> JobResult:
+        executed.append(job.job_id)
+        has_begun.set()
+        assert may_end.wait(PATIENCE_S)
+        return JobResult(job_id=job.job_id, outcomes=np.zeros(2, dtype=np.uint8))
+
+    class Gone(FakeConnection):
+        def recv_bytes(self) -> bytes:
+            if not self.incoming:
+                assert has_begun.wait(PATIENCE_S)
+                raise EOFError
+            return super().recv_bytes()
+
+        def send_bytes(self, buf: bytes) -> None:
+            may_end.set()  # the first who is answered is one that was not begun
+            raise error
+
+    connection = Gone()
+    for job_id in range(5):
+        connection.feed(encode(copy_job(job_id, TO_DISK)))
+    serve(connection, execute)
+    assert executed == [0]
+    assert connection.closed.is_set()
+    assert "could not be taken" not in caplog.text
+    assert pipe_threads() == []

@@ -123,8 +123,7 @@ def choose_engine(
     -----
     Logs one line. "auto" writes and reads a file of 1 MiB that is gone afterwards, and begins nothing after 50 ms.
     """
-    if setting not in ENGINES:
-        raise ConfigError(f"engine is {setting!r}, give one of {', '.join(ENGINES)}")
+    check_engine(setting, disk_io)
     name, reason = setting, "asked for"
     if setting == "auto":
         name, reason = _decide(files, depth=depth, num_threads=num_threads, os_calls=os_calls, disk_io=disk_io)
@@ -138,9 +137,8 @@ def choose_engine(
             max_queued_nbytes=max_queued_nbytes,
             os_calls=os_calls,
         )
-    elif disk_io is None:
-        raise ConfigError(f"engine {setting!r} needs the native twin, which is absent: use auto or python")
     else:
+        assert disk_io is not None, "checked before"
         engine = NativeEngine(
             files,
             block_nbytes=block_nbytes,
@@ -153,6 +151,20 @@ def choose_engine(
         )
     _log.info("disk engine chosen engine=%s reason=%r path=%s", name, reason, files.path)
     return EngineChoice(engine, name, reason)
+
+
+def check_engine(setting: str, disk_io: ModuleType | None) -> None:
+    """Refuse an engine that this installation has not got, or that nobody has.
+
+    Raises
+    ------
+    ConfigError
+        The setting is another than those of `ENGINES`, or needs the native twin.
+    """
+    if setting not in ENGINES:
+        raise ConfigError(f"engine is {setting!r}, give one of {', '.join(ENGINES)}")
+    if setting in ("uring", "threads") and disk_io is None:
+        raise ConfigError(f"engine {setting!r} needs the native twin, which is absent: use auto or python")
 
 
 def compare_kinds(disk_io: ModuleType, fd: int, *, depth: int, num_threads: int) -> tuple[str, str]:

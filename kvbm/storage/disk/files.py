@@ -79,9 +79,7 @@ class SlabFiles:
         """
         with contextlib.ExitStack() as undo:
             try:
-                has_made = self._open_directory(undo)
-                if has_made:  # elsewhere a lock file is removed by who has locked it only
-                    undo.callback(self._remove, self._lock_name)
+                self._open_directory(undo)
                 had_lock = self._has(self._lock_name)
                 self._lock = SlabLock(
                     self._directory_fd,
@@ -145,8 +143,11 @@ class SlabFiles:
                 if self.os_calls.fstat(fd).st_size > size:
                     _quietly(self.os_calls.ftruncate, fd, size)
             raise
-        for (fd, size), old in zip(files, before, strict=True):
-            if old > size:
+
+    def shrink(self, nbytes: int, index_nbytes: int) -> None:
+        """Cut off what is beyond these sizes, once nothing can fail any more."""
+        for fd, size in ((self.fd, nbytes), (self.index_fd, index_nbytes)):
+            if self.os_calls.fstat(fd).st_size > size:
                 self.os_calls.ftruncate(fd, size)
 
     def try_direct_io(self) -> None:
@@ -192,21 +193,18 @@ class SlabFiles:
 
     # -- opening, step by step ---------------------------------------------------------------------------------
 
-    def _open_directory(self, undo: contextlib.ExitStack) -> bool:
-        """Open the directory; return whether it was made here."""
-        has_made = True
+    def _open_directory(self, undo: contextlib.ExitStack) -> None:
         try:
             self.os_calls.mkdir(self.directory, 0o700)
             undo.callback(_quietly, self.os_calls.rmdir, self.directory)
         except FileExistsError:
-            has_made = False
+            pass
         undo.callback(self.close)
         flags = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | SAFE_FLAGS
         self._directory_fd = self.os_calls.open(self.directory, flags)
         mode = self.os_calls.fstat(self._directory_fd).st_mode
         if mode & 0o022 and not mode & stat.S_ISVTX:
             _log.warning("disk directory is writable by other users path=%s mode=%o", self.directory, mode & 0o7777)
-        return has_made
 
     def _open_file(self, name: str, undo: contextlib.ExitStack) -> int:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -106,8 +107,9 @@ class SlabIndex:
         self.num_failures = 0
         self.header = header
         self._is_new = True  # the file was empty
-        found = self._find(header, on_mismatch)
-        self._is_warm = found is not None
+        self._is_warm = (found := self._find(header, on_mismatch)) is not None
+        if found is None and not self._is_new:  # records beyond those that are voided now must never count
+            self.header = replace(self.header, generation=secrets.randbits(32))
         if found is not None:
             self.header = replace(header, made_at=found.made_at, sequence=found.sequence, generation=found.generation)
 
@@ -233,6 +235,11 @@ class SlabIndex:
         with self._lock:
             slots = np.flatnonzero(self._records["state"] == LIVE)
             return slots.astype(np.int32), self._records["checksum"][slots]
+
+    def close(self) -> None:
+        """Write no more: the file's descriptor may soon be another's."""
+        with self._lock:
+            self._fd = -1
 
     # -- the medium --------------------------------------------------------------------------------------------
 

@@ -22,12 +22,12 @@ _RETRY_S = 0.05
 
 _FileId = tuple[int, int]
 _held: dict[_FileId, int] = {}  # device and inode -> process
-_holding = threading.Lock()
+_holding = threading.RLock()  # a finaliser may close one lock while its thread takes another
 
 
 def _forget_after_fork() -> None:
     global _holding  # noqa: PLW0603  (another thread of the parent may have had it)
-    _holding = threading.Lock()
+    _holding = threading.RLock()  # a finaliser may close one lock while its thread takes another
     _held.clear()
 
 
@@ -95,9 +95,12 @@ class SlabLock:
     def _try(self) -> str | None:
         """Take the lock; give None where that went well, else who holds it, empty where the file was replaced."""
         with _holding:
-            with contextlib.suppress(FileNotFoundError):
+            is_new = False
+            try:
                 if _id_of(self._os.stat(self._name, self._directory_fd)) in _held:
                     return f"another storage of process {self._pid} (this one)"
+            except FileNotFoundError:
+                is_new = True
             fd = self._os.open(self._name, os.O_RDWR | os.O_CREAT | SAFE_FLAGS, dir_fd=self._directory_fd)
             try:
                 status = self._os.fstat(fd)
@@ -116,9 +119,21 @@ class SlabLock:
                         _held[self._file_id] = self._pid
                         return None
                 return ""
+            except BaseException:
+                if is_new:
+                    self._remove_if_free(fd)
+                raise
             finally:
                 if self._fd != fd:
                     self._os.close(fd)
+
+    def _remove_if_free(self, fd: int) -> None:
+        """Remove a lock file that was made in vain, unless somebody has it by now."""
+        with contextlib.suppress(OSError):
+            self._os.lock(fd)
+            if _id_of(self._os.stat(self._name, self._directory_fd)) != _id_of(self._os.fstat(fd)):
+                return
+            self._os.unlink(self._name, self._directory_fd)
 
     def _read_holder(self, fd: int) -> str:
         text = bytearray(32)

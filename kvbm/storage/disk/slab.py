@@ -87,6 +87,7 @@ class Slab:
             if use_direct_io:
                 files.try_direct_io()
             self.index.begin()
+            files.shrink(nbytes, index_nbytes)
         _log.info(
             "disk storage opened path=%s nbytes=%d io_mode=%s reason=%r is_sparse=%s",
             files.path, nbytes, files.io_mode, files.io_mode_reason, files.is_sparse,
@@ -149,7 +150,7 @@ class Slab:
             return
         self._is_closing = True
         if self._thread is None:  # nothing was written
-            self.files.close()
+            self._close_files()
         else:
             self._wake.put(False)
 
@@ -173,4 +174,8 @@ class Slab:
                 self.sync()
             except Exception:
                 _log.exception("disk sync failed in an unexpected way path=%s", self.path)
+        self._close_files()
+
+    def _close_files(self) -> None:
+        self.index.close()  # a write that ends after all may still be recorded
         self.files.close()

@@ -21,7 +21,7 @@ from kvbm.jobs import Transfer
 from kvbm.layout import BlockLayout
 from kvbm.storage.base import Storage, StorageCapabilities
 from kvbm.storage.disk.calls import DIRECT_NBYTES, OsCalls, aligned_empty
-from kvbm.storage.disk.choose import SubmittedBatch, choose_engine
+from kvbm.storage.disk.choose import SubmittedBatch, check_engine, choose_engine
 from kvbm.storage.disk.engine import DiskCounters
 from kvbm.storage.disk.format import MAX_FINGERPRINT_NBYTES, Header
 from kvbm.storage.disk.slab import Slab
@@ -133,6 +133,8 @@ class DiskStorage(Storage):
             raise ConfigError(f"slab name {name!r} is impossible, give a plain name such as rank0")
         if (length := len(fingerprint.encode())) > MAX_FINGERPRINT_NBYTES:
             raise ConfigError(f"a fingerprint of {length} bytes is too long, give at most {MAX_FINGERPRINT_NBYTES}")
+        disk_io = (backend or default_backend()).disk_io
+        check_engine(engine, disk_io)
         super().__init__(layout)
         self.slot_nbytes = -(-layout.block_nbytes // DIRECT_NBYTES) * DIRECT_NBYTES
         calls = os_calls or OsCalls()
@@ -168,7 +170,7 @@ class DiskStorage(Storage):
                 depth=depth,
                 max_queued_nbytes=max_queued_nbytes,
                 os_calls=calls,
-                disk_io=(backend or default_backend()).disk_io,
+                disk_io=disk_io,
             )
         except BaseException:
             self._slab.close()
@@ -287,6 +289,7 @@ class DiskStorage(Storage):
         priorities: npt.NDArray[np.uint8] | None = None,
     ) -> None:
         """Note what slots hold; without checksums a restart could not tell good bytes from bad, and finds nothing."""
+        self._refuse_forks()
         super().record(block_ids, hashes=hashes, checksums=checksums)
         if checksums is not None:
             self._slab.index.put(
@@ -306,6 +309,7 @@ class DiskStorage(Storage):
 
     def disown(self, block_ids: IdArray, hashes: HashArray) -> None:
         """Void the records of slots whose bytes are bad."""
+        self._refuse_forks()
         self.has_checksum[block_ids] = False
         self._slab.index.void(block_ids)
         self._slab.note(has_data=False)
@@ -318,14 +322,17 @@ class DiskStorage(Storage):
         OSError
             The system refused: a restart may find them.
         """
+        self._refuse_forks()
         self._slab.index.forget(hashes, block_ids)
 
     def clear(self) -> None:
         """Void every record, on the medium when it returns; raises `OSError` as `forget` does."""
+        self._refuse_forks()
         self._slab.index.clear()
 
     def touch(self, block_ids: IdArray, hashes: HashArray, priorities: npt.NDArray[np.uint8]) -> None:
         """Note that blocks were used, oldest first, and their priorities."""
+        self._refuse_forks()
         self._slab.index.touch(block_ids, hashes, priorities)
         self._slab.note(has_data=False)
 
@@ -337,6 +344,7 @@ class DiskStorage(Storage):
 
     def sync(self) -> None:
         """Bring everything that was written before to the medium; failures are logged and counted."""
+        self._refuse_forks()
         self._slab.sync()
 
     def close(self, timeout: float | None = None) -> None:
@@ -363,10 +371,13 @@ class DiskStorage(Storage):
             raise TransferTimeout(f"the last sync has not ended after {timeout} s ({self.path})")
 
     def _begin(self, block_ids: IdArray) -> IdArray:
+        self._refuse_forks()
+        return super()._begin(block_ids)
+
+    def _refuse_forks(self) -> None:
         if os.getpid() != self._pid:
             text = f"this storage was opened by process {self._pid}: a forked process must open its own directory"
             raise StorageError(errno.EPERM, text, str(self.path))
-        return super()._begin(block_ids)
 
     def _refuse_to_wait_for_itself(self) -> None:
         if self._engine.is_worker:

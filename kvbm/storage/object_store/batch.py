@@ -57,6 +57,7 @@ class Batch:
         self.num_left = len(self.rows)  # not ended yet
         self.running: set[asyncio.Task[None]] = set()
         self.timer: asyncio.TimerHandle | None = None
+        self.is_given_up = False  # its tasks were told to end
         self.transfer = ObjectTransfer(self)
         self._gate = threading.Lock()
         self._names = hashes.tobytes()

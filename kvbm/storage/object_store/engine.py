@@ -234,8 +234,10 @@ class ObjectEngine:
         batch.num_begun = len(batch)
         with contextlib.suppress(ValueError):
             self._waiting[batch.is_read].remove(batch)
-        for task in list(batch.running):
-            task.cancel()
+        if not batch.is_given_up:  # a second cancel would end their wait for rows that are still lent
+            batch.is_given_up = True
+            for task in list(batch.running):
+                task.cancel()
         if batch.is_read or not batch.num_left:
             self._finish(batch)
         elif batch.timer is not None:
