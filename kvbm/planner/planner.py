@@ -8,6 +8,7 @@ thread calls it when something was registered, or a test does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -42,7 +43,7 @@ from kvbm.planner.presence import Presence
 from kvbm.planner.records import RecordKeeper
 from kvbm.planner.restore import restore_tiers
 from kvbm.planner.routes import make_routes
-from kvbm.planner.touches import Touches, take_all
+from kvbm.planner.touches import Touches, tell
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
@@ -226,8 +227,7 @@ class Planner:
                 with self._locked():
                     has_news |= route.collect()
                 num_jobs += self._emit(route)
-            for route in self._routes:
-                self.records.touch(route.destination, [*touched, *take_all(route.young)])
+            tell(self.records, self._routes, touched)
         except PoolClosed:
             if not self._is_closed:
                 raise
@@ -296,6 +296,8 @@ class Planner:
 
         What is answered later is let go of. Called again, it waits again.
         """
+        with contextlib.suppress(PoolClosed):  # closed before
+            tell(self.records, self._routes, self._touches.spread(), is_last=True)
         with self._locked():
             self._is_closed = True
             for route in self._routes:

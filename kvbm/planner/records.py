@@ -140,13 +140,13 @@ class RecordKeeper:
 
     # -- recency -----------------------------------------------------------------------------------------------
 
-    def touch(self, pool: BlockPool, batches: Sequence[HashArray]) -> None:
-        """Tell the executors of a pool's tier what was used, in order."""
+    def touch(self, pool: BlockPool, batches: Sequence[HashArray], *, is_last: bool = False) -> None:
+        """Tell the executors of a pool's tier what was used, in order; the last time also behind an unanswered job."""
         if pool.tier not in self.tiers - self.keyed_tiers:
             return
         waiting = self._touched[pool.tier]
         waiting.extend(batches)
-        if not waiting or pool.tier in self._is_telling:  # one job at a time: an executor may be slow
+        if not waiting or (pool.tier in self._is_telling and not is_last):  # one at a time: an executor may be slow
             return
         hashes = np.concatenate([batch[::-1] for batch in waiting])  # oldest first: a sequence's head is its youngest
         waiting.clear()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kvbm.planner.dispatch import Dispatcher
 from kvbm.planner.lineage import Lineages
 from kvbm.planner.offload import OffloadRoute
+from kvbm.planner.records import RecordKeeper
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray
 
@@ -71,3 +72,11 @@ def take_all(waiting: deque[HashArray]) -> list[HashArray]:
     while waiting:
         taken.append(waiting.popleft())
     return taken
+
+
+def tell(
+    records: RecordKeeper, routes: Sequence[OffloadRoute], touched: Sequence[HashArray], *, is_last: bool = False
+) -> None:
+    """Tell the executors that keep records what was used in the tiers that routes lead to; see `RecordKeeper.touch`."""
+    for route in routes:
+        records.touch(route.destination, [*touched, *take_all(route.young)], is_last=is_last)
