@@ -5,16 +5,15 @@ A write may be given up while a client below still looks at its rows. They are s
 
 from __future__ import annotations
 
-import time
+import threading
 from typing import Any
 
 from kvbm.jobs import Transfer
-
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 1e-3, 0.1
+from kvbm.jobs.aside import standing_aside
 
 
 def wait_until_landed(transfer: Transfer[Any]) -> None:
-    """Wait for the bytes of a transfer that has ended.
+    """Wait for the end of a transfer and for its bytes.
 
     Parameters
     ----------
@@ -22,10 +21,12 @@ def wait_until_landed(transfer: Transfer[Any]) -> None:
 
     Notes
     -----
-    Blocks, without a limit; returns at once where the bytes have landed, as they have nearly always. Nobody is told of
-    the moment, so it looks again and again, less and less often.
+    Blocks, without a limit; returns at once where the bytes have landed, as they have nearly always.
     """
-    pause_s = _SHORTEST_PAUSE_S
-    while transfer.is_draining:
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    transfer.wait()  # whoever waits looks at its deadline
+    if not transfer.is_draining:
+        return
+    has_landed = threading.Event()
+    transfer.add_landed_callback(lambda _: has_landed.set())
+    with standing_aside():
+        has_landed.wait()

@@ -71,8 +71,8 @@ def _make_layout(config: Config, tier: Tier) -> BlockLayout:
     nbytes = one.buffer_nbytes * one.num_buffers
     if tier is Tier.DISK:  # a slot of the file, and its record
         nbytes = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES + RECORD_NBYTES
-    # Beside the slots lie the index's header, and a lock file of one page.
-    reserved = RECORDS_AT + _PAGE_NBYTES if tier is Tier.DISK else 0
+    # Beside the slots lie the index's headers, the rest of its last page, and a lock file of one page.
+    reserved = RECORDS_AT + (_PAGE_NBYTES - RECORD_NBYTES) + _PAGE_NBYTES if tier is Tier.DISK else 0
     num_blocks = config.num_blocks_of(tier, nbytes, reserved_nbytes=reserved)
     return _lay_out(section.layout, num_blocks=num_blocks, **dimensions)
 

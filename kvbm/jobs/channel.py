@@ -2,7 +2,8 @@
 
 `LocalChannel` runs each route of tiers on a thread of its own, so a slow disk never holds up host memory, and urgent
 jobs before others. Small urgent ones run in the caller's thread, because a hand-over between threads costs about
-70 us. A job that raises is answered as failed: a result always comes.
+70 us. A job that raises is answered as failed: a result always comes. Whoever takes a result may wait for a `Transfer`
+there, also for one that needs the same route: another thread works meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvbm.errors import PoolClosed
-from kvbm.jobs.messages import CopyJob, Job, JobResult, Outcome, answer_all
+from kvbm.jobs.aside import answering_for
+from kvbm.jobs.messages import CopyJob, InventoryJob, Job, JobResult, Outcome, answer_all
 
 _log = logging.getLogger("kvbm.jobs")
 _BACKGROUND_NICENESS = 10
@@ -181,7 +183,7 @@ class LocalChannel:
             is_idle = self._lock.wait_for(lambda: all(caller == me for caller in self._callers), remaining_s(give_up))
         return all(are_ended) and is_idle
 
-    def _run(self, job: Job, deadline: float | None) -> None:
+    def _run(self, job: Job, deadline: float | None, crew: _Lane | None = None) -> None:
         assert self._receive is not None, "a channel is opened before it is used"
         try:
             result = self._execute(job, deadline)
@@ -189,18 +191,23 @@ class LocalChannel:
             _log.exception("job failed job_id=%d kind=%s", job.job_id, type(job).__name__)
             is_defect = isinstance(error, Exception)
             outcome = Outcome.FAILED if is_defect else Outcome.LATE  # after ctrl-C the source may be as good as ever
-            self._receive(answer_all(job, outcome, repr(error)))
+            with answering_for(crew):
+                self._receive(answer_all(job, outcome, repr(error)))
             if not is_defect:
                 raise
         else:
-            self._receive(result)
+            with answering_for(crew):
+                self._receive(result)
 
 
 class _Lane:
-    """Threads and what waits for them, urgent jobs first; the second thread starts when a second job waits."""
+    """Threads and what waits for them, urgent jobs first; the second thread starts when a second job waits.
+
+    One that waits while it hands over a result is counted as gone, and another may start in its place.
+    """
 
     def __init__(
-        self, name: str, run: Callable[[Job, float | None], None], *, is_urgent: bool, num_threads: int
+        self, name: str, run: Callable[[Job, float | None, _Lane], None], *, is_urgent: bool, num_threads: int
     ) -> None:
         self._run = run
         self._is_urgent = is_urgent
@@ -212,6 +219,7 @@ class _Lane:
         self._name = f"kvbm-{name}"
         self._num_threads = num_threads
         self._num_idle = 0
+        self._num_present = 0  # threads that work or are idle
         self._running: set[int] = set()
         self._threads: list[threading.Thread] = []
         self._start_thread()
@@ -219,16 +227,31 @@ class _Lane:
     def put(self, job: Job, deadline: float | None) -> None:
         with self._lock:
             (self._urgent if isinstance(job, CopyJob) and job.is_urgent else self._others).append((job, deadline))
-            num_waiting = len(self._urgent) + len(self._others)
-            if num_waiting > self._num_idle and len(self._threads) < self._num_threads:
-                with contextlib.suppress(RuntimeError):  # there is one: it does with that
-                    self._start_thread()
+            self._grow()
             self._has_work.notify()
+
+    def leave(self) -> None:
+        """Count this thread, which is about to wait, as gone."""
+        with self._lock:
+            self._num_present -= 1
+            self._grow()
+
+    def come_back(self) -> None:
+        """Count it again; whoever is one too many then leaves at its next look."""
+        with self._lock:
+            self._num_present += 1
+
+    def _grow(self) -> None:
+        """Start a thread where jobs wait for one, under the lock."""
+        if len(self._urgent) + len(self._others) > self._num_idle and self._num_present < self._num_threads:
+            with contextlib.suppress(RuntimeError):  # those that there are do with that
+                self._start_thread()
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         thread.start()
-        self._threads.append(thread)
+        self._num_present += 1
+        self._threads = [*(known for known in self._threads if known.is_alive()), thread]
 
     def take_back(
         self, job_id: int | None, is_wanted: Callable[[Job], bool] = lambda job: True
@@ -257,18 +280,25 @@ class _Lane:
 
     def join(self, give_up: float | None) -> bool:
         # A callback may close the manager from one of them, which cannot wait for itself.
-        threads = [thread for thread in self._threads if thread is not threading.current_thread()]
-        for thread in threads:
-            thread.join(remaining_s(give_up))
-        return not any(thread.is_alive() for thread in threads)
+        me = threading.current_thread()
+        while others := [thread for thread in self._threads if thread is not me and thread.is_alive()]:
+            for thread in others:
+                thread.join(remaining_s(give_up))
+            if remaining_s(give_up) == 0 and any(thread.is_alive() for thread in others):
+                return False
+        return True  # also those that began meanwhile, in the place of others
 
     def _work(self) -> None:
         if not self._is_urgent:
             _let_others_go_first()
         while True:
             with self._lock:
+                if self._num_present > self._num_threads:  # it stood in for one that is back
+                    self._num_present -= 1
+                    return
                 while not (self._urgent or self._others):
                     if self._is_finishing:
+                        self._num_present -= 1
                         return
                     self._num_idle += 1
                     self._has_work.wait()
@@ -276,7 +306,7 @@ class _Lane:
                 job, deadline = (self._urgent or self._others).popleft()
                 self._running.add(job.job_id)
             try:
-                self._run(job, deadline)
+                self._run(job, deadline, self)
             except BaseException:  # the jobs behind it still want their answers
                 _log.exception("a result could not be taken job_id=%d", job.job_id)
             self._running.discard(job.job_id)
@@ -298,4 +328,5 @@ def remaining_s(give_up: float | None) -> float | None:
 def _lane_of(job: Job) -> str:
     if isinstance(job, CopyJob):
         return f"{job.source.value}-{job.destination.value}"
-    return f"{job.tier.value}-index"
+    # A listing may take long, and what is asked or forgotten meanwhile does not wait for it.
+    return f"{job.tier.value}-{'listing' if isinstance(job, InventoryJob) else 'index'}"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from typing import Any, Generic, TypeVar
 
 from kvbm.errors import TransferCancelled, TransferTimeout
+from kvbm.jobs.aside import standing_aside
 
 ResultT = TypeVar("ResultT")
 
@@ -68,7 +69,8 @@ class Transfer(Generic[ResultT]):
         self._error: BaseException | None = None
         self._has_landed = False
         self._is_expiring = False  # somebody has begun to end it because of its deadline
-        self._callbacks: list[Callable[[Transfer[ResultT]], None]] = []
+        self._callbacks: list[Callable[[Transfer[ResultT]], None]] = []  # until it has ended
+        self._landed_callbacks: list[Callable[[Transfer[ResultT]], None]] = []  # until its bytes have landed too
 
     @classmethod
     def completed(cls, result: ResultT) -> Transfer[ResultT]:
@@ -107,7 +109,14 @@ class Transfer(Generic[ResultT]):
         on_wait, self._on_wait = self._on_wait, None if timeout is None else self._on_wait
         if timeout is None and on_wait is not None:
             on_wait()
-        give_up = None if timeout is None else self._clock() + timeout
+        if self.done():
+            return True
+        if timeout is not None and timeout <= 0:
+            return False
+        with standing_aside():
+            return self._wait_until(None if timeout is None else self._clock() + timeout)
+
+    def _wait_until(self, give_up: float | None) -> bool:
         while not self.done():
             with self._lock:
                 if self._state is not TransferState.PENDING:
@@ -152,6 +161,25 @@ class Transfer(Generic[ResultT]):
                 return
         self._call(callback)
 
+    def add_landed_callback(self, callback: Callable[[Transfer[ResultT]], None]) -> None:
+        """Call back with this transfer once it has ended and no byte of it moves any more: what it used is free.
+
+        Parameters
+        ----------
+        callback : callable
+            Takes this transfer; called once, at once where that is so already, else in the thread that says the last of
+            the two. When one call says both, what was given to `add_done_callback` is called before it.
+
+        Notes
+        -----
+        Does not block. A transfer whose deadline is over ends when somebody looks at it, as for `add_done_callback`.
+        """
+        with self._lock:
+            if self._state is TransferState.PENDING or not self._has_landed:
+                self._landed_callbacks.append(callback)
+                return
+        self._call(callback)
+
     def __await__(self) -> Generator[Any, None, ResultT]:
         import asyncio  # here, because it would be a third of the time that importing kvbm takes
 
@@ -193,19 +221,19 @@ class Transfer(Generic[ResultT]):
 
     def set_result(self, result: ResultT, *, has_landed: bool = True) -> bool:
         """End it with a result; unless said otherwise the bytes have landed. False when it had ended before."""
-        if has_landed:
-            self.set_landed()
-        return self._end(TransferState.DONE, result=result)
+        return self._end(TransferState.DONE, result=result, has_landed=has_landed)
 
     def set_exception(self, error: BaseException, *, has_landed: bool = True) -> bool:
         """End it with an error; unless said otherwise the bytes have stopped. False when it had ended before."""
-        if has_landed:
-            self.set_landed()
-        return self._end(TransferState.FAILED, error=error)
+        return self._end(TransferState.FAILED, error=error, has_landed=has_landed)
 
     def set_landed(self) -> None:
-        """Say that no byte of it moves any more."""
-        self._has_landed = True
+        """Say that no byte of it moves any more; may be said again."""
+        with self._lock:
+            self._has_landed = True
+            callbacks = self._take_landed_callbacks()
+        for callback in callbacks:
+            self._call(callback)
 
     # -- private -----------------------------------------------------------------------------------------------
 
@@ -228,20 +256,37 @@ class Transfer(Generic[ResultT]):
                 raise
         self._end(TransferState.TIMED_OUT, error=TransferTimeout("the transfer did not end before its deadline"))
 
-    def _end(self, state: TransferState, *, result: ResultT | None = None, error: BaseException | None = None) -> bool:
+    def _end(
+        self,
+        state: TransferState,
+        *,
+        result: ResultT | None = None,
+        error: BaseException | None = None,
+        has_landed: bool = False,
+    ) -> bool:
+        callbacks: list[Callable[[Transfer[ResultT]], None]] = []
         with self._lock:
-            if self._state is not TransferState.PENDING:
-                return False
-            self._result, self._error = result, error
-            self._state = state
-            # They may know us: whoever forgets a transfer forgets its blocks at once.
-            self._on_deadline = self._on_wait = None
-            callbacks, self._callbacks = self._callbacks, []
-            if self._condition is not None:
-                self._condition.notify_all()
+            self._has_landed |= has_landed
+            is_first = self._state is TransferState.PENDING
+            if is_first:
+                self._result, self._error = result, error
+                self._state = state
+                # They may know us: whoever forgets a transfer forgets its blocks at once.
+                self._on_deadline = self._on_wait = None
+                callbacks, self._callbacks = self._callbacks, callbacks
+                if self._condition is not None:
+                    self._condition.notify_all()
+            callbacks += self._take_landed_callbacks()
         for callback in callbacks:
             self._call(callback)
-        return True
+        return is_first
+
+    def _take_landed_callbacks(self) -> list[Callable[[Transfer[ResultT]], None]]:
+        """Take out those to call now, under the lock."""
+        taken: list[Callable[[Transfer[ResultT]], None]] = []
+        if self._landed_callbacks and self._has_landed and self._state is not TransferState.PENDING:
+            taken, self._landed_callbacks = self._landed_callbacks, taken
+        return taken
 
     def _call(self, callback: Callable[[Transfer[ResultT]], None]) -> None:
         try:

@@ -49,6 +49,8 @@ class PipeChannel:
         self._connection = connection
         self._lock = threading.Lock()  # one message at a time
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None: nothing comes any more
+        self._open: set[int] = set()  # ids of jobs that were sent and are not answered
+        self._opening = threading.Lock()
         self._is_closed = False
         self._is_lost = False
         self._reader: threading.Thread | None = None
@@ -65,7 +67,10 @@ class PipeChannel:
         """Queue a job, so that an executor that reads nothing holds nobody up; raises `PoolClosed` when it is gone."""
         if self._is_closed or self._is_lost:
             raise PoolClosed("the channel to the executor is closed")
-        self._outgoing.put(encode(job))
+        data = encode(job)
+        with self._opening:  # before it can be answered
+            self._open.add(job.job_id)
+        self._outgoing.put(data)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Ask the executor to finish what it has and end; return whether it did in time."""
@@ -101,8 +106,9 @@ class PipeChannel:
         return False
 
     def knows(self, job_id: int) -> bool:
-        """Say yes: what was sent is with the executor."""
-        return True
+        """Whether a job was sent, no answer has come, and the executor is not lost."""
+        with self._opening:
+            return job_id in self._open
 
     def run_here(self, job_id: int) -> bool:
         """Nothing: the bytes lie elsewhere."""
@@ -117,6 +123,8 @@ class PipeChannel:
                     receive(result)
                 except Exception:
                     _log.exception("a result could not be taken job_id=%d", result.job_id)
+                with self._opening:
+                    self._open.discard(result.job_id)
         except (EOFError, OSError) as error:
             reason = f"{reason} {error}".rstrip()
         except MessageError as error:
@@ -127,18 +135,27 @@ class PipeChannel:
             self._is_lost = True  # before `lost`: what is sent after it is refused
             self._outgoing.put(None)
             lost(reason)
+            with self._opening:
+                self._open.clear()
             with self._lock:  # or a send under way could write into whatever gets the same descriptor
                 self._connection.close()
 
 
-def serve(connection: Connection, execute: Execute) -> None:
+def serve(
+    connection: Connection,
+    execute: Execute,
+    *,
+    is_small: Callable[[Job], bool] | None = None,
+    is_bounded: Callable[[Job], bool] | None = None,
+) -> None:
     """Execute the jobs that come over a connection until it says goodbye or ends.
 
     Parameters
     ----------
     connection : Connection
-    execute : callable
-        As for `LocalChannel`; several routes run at once.
+    execute, is_small, is_bounded : callable
+        As for `LocalChannel`, usually an executor's; several routes run at once. Small jobs run in the thread that
+        reads, and without `is_bounded` a route to or from a disk has one thread only.
 
     Raises
     ------
@@ -151,7 +168,7 @@ def serve(connection: Connection, execute: Execute) -> None:
         with lock, contextlib.suppress(ConnectionError):  # bookkeeping is gone: reading will tell
             connection.send_bytes(encode(result))
 
-    channel = LocalChannel(execute)
+    channel = LocalChannel(execute, is_small=is_small, is_bounded=is_bounded)
     channel.open(answer, lambda reason: None)
     try:
         while (data := connection.recv_bytes()) != _GOODBYE:

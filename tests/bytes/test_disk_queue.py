@@ -208,3 +208,14 @@ def test_dropped_queue_waits_for_what_moves_and_forgets_the_rest(make_queue: Any
     os.pwritev(fd, [aligned(NUM_PAGES, PAGE)], 0)
     assert not content(fd).any(), "nothing of it is written any more"
     assert set(np.unique(data)) <= {0, 7}
+
+
+def test_last_token_stays_when_an_older_batch_goes_again(make_queue: Any) -> None:
+    """By it an engine tells, after an interrupt, whether the queue got its batch."""
+    queue, memory = make_queue(), aligned(1, PAGE)
+    queue.submit(3, True, *pages(memory, [0], [0]))
+    wait_for(queue, 1)
+    queue.submit(5, True, *pages(memory, [1], [0]))
+    queue.submit(3, True, *pages(memory, [2], [0]), is_again=True)
+    assert queue.last_token == 5
+    wait_for(queue, 2)

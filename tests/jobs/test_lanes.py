@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvbm.jobs import CopyJob, Job, JobResult, LocalChannel, Outcome
@@ -212,3 +215,23 @@ def test_route_whose_second_thread_cannot_start_goes_on_with_one(
     channel.send(copy_job(4, DOWN))
     assert channel.close(PATIENCE_S)
     assert sorted(box.ids) == [0, 1, 3, 4], "what was refused is not answered, what was taken is"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no niceness of one thread")
+def test_an_urgent_job_is_not_slowed_by_the_prefetch_before_it(copy_job: MakeJob, box: Any) -> None:
+    seen: dict[int, int] = {}
+
+    def execute(job: Job, deadline: float | None) -> JobResult:
+        seen[job.job_id] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return JobResult(job_id=job.job_id, outcomes=np.zeros(2, dtype=np.uint8))
+
+    channel = opened(execute, box, is_bounded=is_bounded)
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    if mine >= 10:
+        pytest.skip(f"everything here has niceness {mine}")
+    for job_id, is_urgent in enumerate([False, True, False]):
+        channel.send(copy_job(job_id, UP, is_urgent=is_urgent))
+        box.wait_for(lambda box, job_id=job_id: job_id in box.ids)
+    assert channel.close(PATIENCE_S)
+    assert seen[1] == mine
+    assert seen[0] == seen[2] > mine, "and those that nobody waits for are"

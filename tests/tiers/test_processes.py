@@ -54,7 +54,7 @@ def work(connection, folder, num_blocks, twin):
         Tier.DISK: DiskStorage(of[Tier.DISK], folder / "directory"),
     }
     executor = Executor(storages, backend=backend)
-    serve(connection, executor.execute)
+    serve(connection, executor.execute, is_small=executor.is_small, is_bounded=executor.is_bounded)
     executor.close()
     for storage in storages.values():
         storage.close()

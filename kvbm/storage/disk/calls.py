@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 DIRECT_NBYTES = 4096  # what direct I/O is aligned to: offset, size and address
+_STATX_NBYTES, _STATX_DIOALIGN, _AT_EMPTY_PATH = 256, 0x2000, 0x1000  # of statx(2)
+_DIO_ALIGNS_AT = 152  # in its answer: of addresses, then of offsets and sizes, 32 bits each
 SAFE_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 ResultT = TypeVar("ResultT")
@@ -49,6 +52,10 @@ class OsCalls:
         """Describe a file of a directory, a symbolic link itself."""
         return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
 
+    def direct_alignment(self, fd: int) -> int | None:
+        """Give the bytes that direct I/O on an open file is aligned to, 0 where there is none; None: nobody says."""
+        return _statx_alignment(fd)
+
     def fchmod(self, fd: int, mode: int) -> None:
         """Set who may use an open file."""
         os.fchmod(fd, mode)
@@ -73,6 +80,8 @@ class OsCalls:
 
     def fdatasync(self, fd: int) -> None:
         """Bring the bytes of an open file to the medium."""
+        if fd < 0:  # closed: Python would raise a ValueError
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if hasattr(os, "fdatasync"):
             os.fdatasync(fd)
         else:
@@ -103,6 +112,21 @@ def aligned_empty(num_rows: int, row_nbytes: int) -> npt.NDArray[np.uint8]:
     memory = np.empty(nbytes + DIRECT_NBYTES, dtype=np.uint8)
     start = -memory.ctypes.data % DIRECT_NBYTES
     return memory[start : start + nbytes].reshape(num_rows, row_nbytes)
+
+
+def _statx_alignment(fd: int) -> int | None:
+    """Ask the kernel, which tells since Linux 6.1 and not for every file system."""
+    import ctypes  # for this one call: Python has no statx
+
+    answer = ctypes.create_string_buffer(_STATX_NBYTES)
+    try:
+        status = ctypes.CDLL(None).statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, answer)
+    except (AttributeError, OSError, TypeError):  # another libc, or another system
+        return None
+    (mask,) = struct.unpack_from("I", answer)
+    if status or not mask & _STATX_DIOALIGN:
+        return None
+    return int(max(struct.unpack_from("2I", answer, _DIO_ALIGNS_AT)))
 
 
 def retry(call: Callable[..., ResultT], *arguments: Any) -> ResultT:

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from kvbm.errors import ConfigError, StorageError
 from kvbm.jobs import Transfer
 from kvbm.storage.disk.calls import OsCalls, aligned_empty
-from kvbm.storage.disk.engine import DiskCounters, DiskEngine
+from kvbm.storage.disk.counters import DiskCounters
+from kvbm.storage.disk.engine import DiskEngine
 from kvbm.storage.disk.native_engine import NativeEngine
 from kvbm.storage.disk.slab import Slab
 from kvbm.types import IdArray
@@ -47,8 +48,8 @@ class SubmittedBatch(Protocol):
 class Engine(Protocol):
     """What moves blocks; `DiskEngine` and `NativeEngine` document it call by call."""
 
-    counters: DiskCounters
-
+    @property
+    def counters(self) -> DiskCounters: ...  # noqa: D102
     @property
     def is_worker(self) -> bool: ...  # noqa: D102
     def submit(  # noqa: D102

@@ -13,13 +13,13 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm.errors import PoolClosed, StorageError, TransferTimeout
 from kvbm.storage.disk.calls import OsCalls
+from kvbm.storage.disk.counters import DiskCounters, DiskTally
 from kvbm.storage.disk.mover import Batch, BlockMover, Piece
 from kvbm.storage.disk.slab import Slab
 from kvbm.types import IdArray
@@ -27,33 +27,6 @@ from kvbm.types import IdArray
 _log = logging.getLogger("kvbm.storage.disk")
 
 _READS_IN_A_ROW = 16  # then a waiting write goes, so that writes do not wait for ever
-
-
-@dataclass
-class DiskCounters:
-    """What a disk storage has done since it was opened.
-
-    Attributes
-    ----------
-    num_reads, num_writes : int
-        Blocks moved.
-    num_calls : int
-        Positional reads and writes, retries included.
-    read_nbytes, written_nbytes : int
-        Bytes of those blocks.
-    num_failures : int
-        Blocks that could not be read or written.
-    last_error : str
-        What the last failure said; empty while there is none.
-    """
-
-    num_reads: int = 0
-    num_writes: int = 0
-    num_calls: int = 0
-    read_nbytes: int = 0
-    written_nbytes: int = 0
-    num_failures: int = 0
-    last_error: str = ""
 
 
 class DiskEngine:
@@ -81,10 +54,9 @@ class DiskEngine:
         max_queued_nbytes: int,
         os_calls: OsCalls,
     ) -> None:
-        self.counters = DiskCounters()
+        self._tally = DiskTally(files.path, block_nbytes)
         self._files = files
         self._mover = BlockMover(files, block_nbytes=block_nbytes, slot_nbytes=slot_nbytes, os_calls=os_calls)
-        self._block_nbytes = block_nbytes
         self._num_threads = num_threads
         self._max_queued_nbytes = max_queued_nbytes
         self._lock = threading.Lock()
@@ -96,7 +68,11 @@ class DiskEngine:
         self._threads: list[threading.Thread] = []
         self._num_running = 0
         self._is_closing = False
-        self._known_errnos: set[int] = set()  # announced once each
+
+    @property
+    def counters(self) -> DiskCounters:
+        """What was done so far; the live object."""
+        return self._tally.counters
 
     @property
     def is_worker(self) -> bool:
@@ -207,36 +183,17 @@ class DiskEngine:
             return writes.popleft() if writes else None
 
     def _finish(self, piece: Piece) -> None:
-        batch, counters = piece.batch, self.counters
+        batch = piece.batch
         num_good = sum(batch.is_good[piece.first : piece.last])
+        failures = [(batch.slots[i], error) for i, error in piece.failures]
         with self._lock:
-            counters.num_calls += piece.num_calls
-            if batch.is_read:
-                counters.num_reads += num_good
-                counters.read_nbytes += num_good * self._block_nbytes
-            else:
-                counters.num_writes += num_good
-                counters.written_nbytes += num_good * self._block_nbytes
-            levels = [self._keep_error(batch, i, error) for i, error in piece.failures]
+            levels = self._tally.count(batch.is_read, num_good=num_good, num_calls=piece.num_calls, failures=failures)
+            for _, error in failures:
+                batch.error = batch.error or error
             self._queued_nbytes[batch.is_read] -= piece.nbytes
             batch.num_pieces_left -= 1
             is_over = not batch.num_pieces_left
             self._has_room.notify_all()
-        verb = "read" if batch.is_read else "write"
-        for level, (i, error) in zip(levels, piece.failures, strict=True):
-            _log.log(
-                level, "disk %s failed block_id=%d path=%s error=%s", verb, batch.slots[i], self._files.path, error
-            )
+        self._tally.say(batch.is_read, levels, failures)
         if is_over:
             batch.transfer.set_result(batch.mask())
-
-    def _keep_error(self, batch: Batch, i: int, error: OSError) -> int:
-        """Count a failed block; give the level to log it at: each errno is announced once."""
-        verb = "read" if batch.is_read else "write"
-        batch.error = batch.error or error
-        self.counters.num_failures += 1
-        self.counters.last_error = f"could not {verb} block {batch.slots[i]} of {self._files.path}: {error}"
-        code = error.errno or 0
-        level = logging.DEBUG if code in self._known_errnos else logging.WARNING
-        self._known_errnos.add(code)
-        return level

@@ -155,6 +155,13 @@ class SlabFiles:
         if not hasattr(os, "O_DIRECT"):
             self.io_mode_reason = "this platform has no O_DIRECT"
             return
+        alignment = self.os_calls.direct_alignment(self.fd)
+        if alignment == 0:
+            self.io_mode_reason = "the file system has no direct I/O for this file"
+            return
+        if alignment is not None and DIRECT_NBYTES % alignment:
+            self.io_mode_reason = f"direct I/O needs multiples of {alignment} bytes here, slots have {DIRECT_NBYTES}"
+            return
         fd = -1
         try:
             self._probe_direct_io()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from kvbm.errors import PoolClosed, StorageError, TransferTimeout
 from kvbm.jobs import Transfer
 from kvbm.storage.disk.calls import DIRECT_NBYTES
-from kvbm.storage.disk.engine import DiskCounters
+from kvbm.storage.disk.counters import DiskCounters, DiskTally
 from kvbm.storage.disk.slab import Slab
 from kvbm.types import IdArray
 
@@ -31,6 +31,7 @@ _log = logging.getLogger("kvbm.storage.disk")
 
 _RUN_NBYTES = 4 << 20  # one operation moves at most this, so that a large batch is shared
 _RUN_BLOCKS = 512  # and at most this many buffers; the kernel takes 1024
+_MAX_LAST_WAITS = 8  # of a queue whose answers could not be taken
 
 
 class NativeBatch:
@@ -106,7 +107,7 @@ class NativeEngine:
         kind: str,
         depth: int = 32,
     ) -> None:
-        self.counters = DiskCounters()
+        self._tally = DiskTally(files.path, block_nbytes)
         self._queue: Any = disk_io.DiskQueue(files.fd, kind=kind, depth=depth, num_threads=num_threads)
         self._files = files
         self._is_direct = files.io_mode == "direct"
@@ -120,7 +121,12 @@ class NativeEngine:
         self._queued_nbytes = {True: 0, False: 0}  # waiting or moving, by is_read
         self._thread: threading.Thread | None = None
         self._is_closing = False
-        self._known_errnos: set[int] = set()  # announced once each
+        self._broken = ""  # why nothing is answered any more
+
+    @property
+    def counters(self) -> DiskCounters:
+        """What was done so far; the live object."""
+        return self._tally.counters
 
     @property
     def is_worker(self) -> bool:
@@ -130,7 +136,15 @@ class NativeEngine:
     def submit(
         self, is_read: bool, ids: IdArray, memory: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]
     ) -> NativeBatch:
-        """Queue a batch that was checked; waits for room, except in the thread of the engine."""
+        """Queue a batch that was checked; waits for room, except in the thread of the engine.
+
+        Raises
+        ------
+        PoolClosed
+            The engine is closed.
+        StorageError
+            Its thread is gone, or cannot be started.
+        """
         batch = NativeBatch(is_read, ids, memory, rows)
         operations = self._plan(batch) if len(ids) else ()
         nbytes = len(ids) * self._slot_nbytes
@@ -138,6 +152,8 @@ class NativeEngine:
             with self._lock:
                 if not self.is_worker:
                     self._has_room.wait_for(lambda: self._is_closing or self._fits(is_read, nbytes))
+                if self._broken:
+                    raise StorageError(errno.EIO, self._broken, str(self._files.path))
                 if self._is_closing:
                     raise PoolClosed("DiskStorage is closed")
                 if operations:
@@ -253,13 +269,49 @@ class NativeEngine:
     # -- behind the queue --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (answers := self._queue.wait()) is not None:
-            for answer in answers:
-                try:
-                    self._take(*answer)
-                except Exception:
-                    _log.exception("the end of a disk batch was lost path=%s", self._files.path)
+        try:
+            while (answers := self._queue.wait()) is not None:
+                for answer in answers:
+                    try:
+                        self._take(*answer)
+                    except Exception:
+                        _log.exception("the end of a disk batch was lost path=%s", self._files.path)
+        except BaseException as error:  # whoever waits for a batch must hear of it
+            _log.exception("disk engine is broken, it takes nothing any more path=%s", self._files.path)
+            if not self._break_off(error):
+                return
         self._files.close()
+
+    def _break_off(self, error: BaseException) -> bool:
+        """Take nothing more and fail every open batch; return whether no byte of them moves any more."""
+        text = f"the disk engine is broken, close the storage and open it again: {error!r}"
+        with self._lock:
+            self._broken = text
+            self._is_closing = True
+            lost = list(self._batches.values())
+            self._has_room.notify_all()
+        self._queue.close()
+        for batch in lost:
+            self._queue.cancel(batch.token)
+        has_landed = self._wait_for_the_rest()
+        for batch in lost:
+            batch.is_good[:] = False
+            batch.failures = [(slot, OSError(errno.EIO, text)) for slot in batch.slots.tolist()]
+            self._finish(batch, has_landed=has_landed)
+        return has_landed
+
+    def _wait_for_the_rest(self) -> bool:
+        """Wait until a closed queue moves nothing any more; False where it does not say so."""
+        for _ in range(_MAX_LAST_WAITS):
+            try:
+                while self._queue.wait() is not None:
+                    pass
+                return True
+            except BaseException as error:
+                last = error
+        # Closed, the descriptor could soon be that of another file, which these bytes would go to.
+        _log.error("disk queue does not end, its file stays open path=%s error=%r", self._files.path, last)
+        return False
 
     def _take(self, token: int, errnos: npt.NDArray[np.int32], moved: npt.NDArray[np.int64], num_calls: int) -> None:
         with self._lock:
@@ -304,30 +356,13 @@ class NativeEngine:
             text = f"{text}, ended {nbytes - num_moved} of {nbytes} bytes short at {offset}"
         batch.failures.append((slot, OSError(code, text)))
 
-    def _finish(self, batch: NativeBatch) -> None:
-        counters = self.counters
+    def _finish(self, batch: NativeBatch, *, has_landed: bool = True) -> None:
         num_good = int(np.count_nonzero(batch.is_good))
-        verb = "read" if batch.is_read else "write"
         with self._lock:
-            counters.num_calls += batch.num_calls
-            if batch.is_read:
-                counters.num_reads += num_good
-                counters.read_nbytes += num_good * self._block_nbytes
-            else:
-                counters.num_writes += num_good
-                counters.written_nbytes += num_good * self._block_nbytes
-            levels = [self._keep_error(verb, slot, error) for slot, error in batch.failures]
+            levels = self._tally.count(
+                batch.is_read, num_good=num_good, num_calls=batch.num_calls, failures=batch.failures
+            )
             self._forget(batch)
-        for level, (slot, error) in zip(levels, batch.failures, strict=True):
-            batch.error = batch.error or error
-            _log.log(level, "disk %s failed block_id=%d path=%s error=%s", verb, slot, self._files.path, error)
-        batch.transfer.set_result(batch.mask())
-
-    def _keep_error(self, verb: str, slot: int, error: OSError) -> int:
-        """Count a failed block; give the level to log it at: each errno is announced once."""
-        self.counters.num_failures += 1
-        self.counters.last_error = f"could not {verb} block {slot} of {self._files.path}: {error}"
-        code = error.errno or 0
-        level = logging.DEBUG if code in self._known_errnos else logging.WARNING
-        self._known_errnos.add(code)
-        return level
+        batch.error = batch.failures[0][1] if batch.failures else None
+        self._tally.say(batch.is_read, levels, batch.failures)
+        batch.transfer.set_result(batch.mask(), has_landed=has_landed)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from kvbm.jobs.channel import remaining_s
 from kvbm.storage.disk.calls import OsCalls
 from kvbm.storage.disk.files import SlabFiles
 from kvbm.storage.disk.format import RECORD_NBYTES, RECORDS_AT, Header
@@ -68,8 +69,10 @@ class Slab:
         self._sync_interval_s = sync_interval_s
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: something was written; False: close
         self._is_noted = self._has_data = self._is_closing = False
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # from just before it starts
         self._starting = threading.Lock()
+        self._unclosed = [files]  # taken out by whoever closes them
+        self._has_closed = threading.Event()
         self.num_sync_failures = 0
         nbytes = header.num_slots * header.slot_nbytes
         index_nbytes = RECORDS_AT + header.num_slots * RECORD_NBYTES
@@ -114,21 +117,31 @@ class Slab:
 
     def note(self, *, has_data: bool) -> None:
         """Say that something was written, so that it is synced within the interval."""
-        self._has_data |= has_data
+        if has_data:  # never written back as it was read: another thread may have set it in between
+            self._has_data = True
         if self._is_noted:
             return
         self._is_noted = True
         with self._starting:
-            if self._thread is None and not self._is_closing:
-                thread = threading.Thread(target=self._work, name="kvbm-disk-sync", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # the next one may go
-                    _log.warning("no thread to sync the disk tier path=%s error=%s", self.path, error)
-                    self._is_noted = False
-                    return
-                self._thread = thread
+            if self._thread is None and not self._is_closing and not self._start_thread():
+                self._is_noted = False
+                return
         self._wake.put(True)
+
+    def _start_thread(self) -> bool:
+        """Start to sync; `close`, which takes no lock, may come at any point of it."""
+        self._thread = thread = threading.Thread(target=self._work, name="kvbm-disk-sync", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the next one may go
+            _log.warning("no thread to sync the disk tier path=%s error=%s", self.path, error)
+            self._thread = None
+            if self._is_closing:  # it may have been left to the thread
+                self._close_files()
+            return False
+        if self._is_closing:  # perhaps before there was a thread to tell
+            self._wake.put(False)
+        return True
 
     def sync(self) -> None:
         """Bring everything that was written before to the medium."""
@@ -156,11 +169,16 @@ class Slab:
 
     def wait_until_closed(self, timeout_s: float | None = None) -> bool:
         """Wait until the files are closed and the lock is free, after `close`; return whether they are."""
+        give_up = None if timeout_s is None else time.monotonic() + timeout_s
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
+        if not self._is_closing or thread is threading.current_thread():  # a callback closes: it is for its engine to
             return True
-        thread.join(timeout_s)
-        return not thread.is_alive()
+        if not self._has_closed.wait(timeout_s):
+            return False
+        if thread is not None and thread.ident is not None:
+            thread.join(remaining_s(give_up))
+            return not thread.is_alive()
+        return True
 
     def _work(self) -> None:
         is_closing = False
@@ -170,6 +188,8 @@ class Slab:
                 with contextlib.suppress(queue.Empty):
                     is_closing = not self._wake.get(timeout=self._sync_interval_s)
             self._is_noted = False
+            if not self._unclosed:
+                return
             try:
                 self.sync()
             except Exception:
@@ -177,5 +197,10 @@ class Slab:
         self._close_files()
 
     def _close_files(self) -> None:
+        try:
+            files = self._unclosed.pop()
+        except IndexError:  # another thread does
+            return
         self.index.close()  # a write that ends after all may still be recorded
-        self.files.close()
+        files.close()
+        self._has_closed.set()

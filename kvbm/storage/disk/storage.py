@@ -22,7 +22,7 @@ from kvbm.layout import BlockLayout
 from kvbm.storage.base import Storage, StorageCapabilities
 from kvbm.storage.disk.calls import DIRECT_NBYTES, OsCalls, aligned_empty
 from kvbm.storage.disk.choose import SubmittedBatch, check_engine, choose_engine
-from kvbm.storage.disk.engine import DiskCounters
+from kvbm.storage.disk.counters import DiskCounters
 from kvbm.storage.disk.format import MAX_FINGERPRINT_NBYTES, Header
 from kvbm.storage.disk.slab import Slab
 from kvbm.storage.disk.wear import BytesPerDay, estimate_device_nbytes
@@ -160,18 +160,10 @@ class DiskStorage(Storage):
         slots, checksums = self._slab.index.checksums()
         self.checksums[slots] = checksums
         self.has_checksum[slots] = True
+        sizes = {"block_nbytes": layout.block_nbytes, "slot_nbytes": self.slot_nbytes, "num_threads": num_threads}
+        limits = {"depth": depth, "max_queued_nbytes": max_queued_nbytes}
         try:
-            choice = choose_engine(
-                engine,
-                self._slab,
-                block_nbytes=layout.block_nbytes,
-                slot_nbytes=self.slot_nbytes,
-                num_threads=num_threads,
-                depth=depth,
-                max_queued_nbytes=max_queued_nbytes,
-                os_calls=calls,
-                disk_io=disk_io,
-            )
+            choice = choose_engine(engine, self._slab, os_calls=calls, disk_io=disk_io, **sizes, **limits)
         except BaseException:
             self._slab.close()
             raise
@@ -216,6 +208,11 @@ class DiskStorage(Storage):
     def device_nbytes(self) -> int:
         """What a device has written to its medium for those bytes, as far as can be estimated from outside."""
         return estimate_device_nbytes(self._bytes_per_day.total_nbytes, self.slot_nbytes)
+
+    @property
+    def slab(self) -> Slab:
+        """The files behind it, which count what the system refused."""
+        return self._slab
 
     def submit_read(
         self, block_ids: IdArray, memory: npt.NDArray[np.uint8], rows: IdArray, *, hashes: HashArray | None = None
@@ -360,6 +357,10 @@ class DiskStorage(Storage):
         TransferTimeout
             I/O is still under way; nothing new is taken, the files are closed when it ends, and closing again waits
             for it again.
+
+        Notes
+        -----
+        In a callback of one of its transfers it does not wait: the files are closed soon after the callback.
         """
         super().close(timeout)
         if os.getpid() != self._pid:  # the threads are the parent's
