@@ -143,10 +143,16 @@ def crash(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure the parts, write benchmarks/results/*.json and the table in the README."""
-    _install(session)
+    _install(session, "s3", "test")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for part in ("store", "hash", "copy", "tiers"):
+    parts = ["store", "hash", "copy", "tiers"]
+    if shutil.which("fio"):
+        parts.append("disk")
+    else:
+        session.warn("fio is not installed, so the disk is not measured (Debian, Ubuntu: apt install fio)")
+    for part in parts:
         session.run("kvbm", "bench", part, "--json", str(RESULTS / f"{part}.json"), *session.posargs)
+    session.run("python", "benchmarks/peers/objects_plain.py", "--json", str(RESULTS / "objects.json"))
     session.run("python", "benchmarks/readme_table.py", "--write")
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvbm.bench.machine import describe_machine
+from kvbm.bench.rig import make_row
 from kvbm.cli import check_json_file, write_json_file
 from kvbm.errors import PluginError
 from kvbm.layout import BlockLayout
@@ -160,12 +161,13 @@ def measure(server: ObjectServer, case: tuple[str, int, int], rounds: int, concu
     for contender in contenders.values():
         contender.close()
     for verb, by_who in seconds.items():
-        medians = {who: np.median(times[1:], axis=0) for who, times in by_who.items()}
-        speeds = {who: data.nbytes / 1e6 / median[0] for who, median in medians.items()}
-        cpu = {who: median[1] / (data.nbytes / 2**30) for who, median in medians.items()}
-        row = {"case": f"{verb}_{name}", "kvbm_mb_s": speeds["kvbm"], "plain_mb_s": speeds["plain"]}
-        row["ratio"] = speeds["kvbm"] / speeds["plain"]
-        rows.append({**row, "kvbm_cpu_s_gib": cpu["kvbm"], "plain_cpu_s_gib": cpu["plain"]})
+        speeds = {who: data.nbytes / 1e6 / times[1:, 0] for who, times in by_who.items()}
+        cpu = {who: float(np.median(times[1:, 1])) * 2**30 / data.nbytes for who, times in by_who.items()}
+        row = make_row(
+            f"{verb}_{name}", "MB/s", speeds["kvbm"], float(np.median(speeds["plain"])), is_more_better=True, bar=BAR
+        )
+        row["ratio"] = float(np.median(speeds["kvbm"] / speeds["plain"]))  # of each round: servers drift over minutes
+        rows += [row, make_row(f"{verb}_{name}_cpu", "s/GiB", [cpu["kvbm"]], cpu["plain"])]
     return rows
 
 
@@ -192,11 +194,11 @@ def main(arguments: list[str] | None = None) -> int:
             except RuntimeError as error:
                 print(error)
                 return 1
-    table = Table("case", "kvbm MB/s", "plain MB/s", "ratio", "kvbm CPU s/GiB", "plain CPU s/GiB")
+    table = Table("row", "unit", "kvbm", "plain loop", "ratio")
     for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.2f}" for value in row.values()))
+        table.add_row(row["name"], row["unit"], *(f"{row[key]:.2f}" for key in ("median", "reference", "ratio")))
     Console().print(table)
-    print(f"bar: ratio {BAR}")
+    print(f"bar of the speeds: ratio {BAR}; above 1 is better")
     write_json_file(given.json, {"machine": describe_machine(), "concurrency": given.concurrency, "rows": rows})
     return 0
 

@@ -72,7 +72,8 @@ class Site:
         self._last_read: tuple[IdArray, IdArray] | None = None  # slots, and the rows they came to
         self._next = 0  # slot to be written
         self._limits = Limits()
-        self._sender = _Sender(LocalChannel(parts.executor.execute), self._limits.route_jobs)
+        channel = LocalChannel(parts.executor.execute, is_bounded=parts.executor.is_bounded)
+        self._sender = _Sender(channel, self._limits.route_jobs)
         self._checksums = TransferEngine(backend=backend)
 
     def fill(self) -> None:

@@ -39,6 +39,9 @@ def layout_of(kind: str) -> BlockLayout:
         return BlockLayout.fully_contiguous(**DIMENSIONS)
     if kind == "aligned":
         return BlockLayout.fully_contiguous(**DIMENSIONS, alignment=4096)
+    if kind == "padded":
+        strides = {"block": 512, "layer": 2 * REGION, "outer": REGION, "token": TOKEN, "head": HEAD}
+        return BlockLayout.custom(**DIMENSIONS, strides=strides)
     if kind == "by head":
         strides = {"block": 6 * REGION, "layer": 2 * REGION, "outer": REGION, "token": HEAD, "head": 4 * HEAD}
         return BlockLayout.custom(**DIMENSIONS, strides=strides)
@@ -67,7 +70,7 @@ class Site:
 
     @property
     def ring(self) -> Any:
-        return self.executor._staging
+        return self.executor._means.staging
 
     def content(self, name: str, ids: Any = range(NUM_BLOCKS)) -> npt.NDArray[np.uint8]:
         """Read blocks in logical order, tokens before heads whatever the layout."""

@@ -1,11 +1,13 @@
-"""What the tests of keyed storages under an executor share: host memory over a store whose transfers end when told."""
+"""What the tests of keyed storages under an executor share: memory over a store whose transfers end when told."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from toy_store import ToyStore
 
 from kvbm._backend import Backend
@@ -13,9 +15,21 @@ from kvbm.executor import Executor
 from kvbm.jobs import CopyJob, JobResult, Transfer
 from kvbm.layout import BlockLayout
 from kvbm.storage import HostStorage, Storage
+from kvbm.storage.device import DeviceStorage
 from kvbm.types import HashArray, IdArray, Tier
 
 PATIENCE_S = 60.0
+
+
+def when_it_waits(monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
+    """Look at the moment when the executor asks to be told of a landing."""
+    ask = Transfer.add_landed_callback
+
+    def look_first(transfer: Transfer[Any], callback: Callable[[Transfer[Any]], None]) -> None:
+        ask(transfer, callback)
+        look()
+
+    monkeypatch.setattr(Transfer, "add_landed_callback", look_first)
 
 
 class Call:
@@ -81,7 +95,10 @@ class HeldStore(ToyStore):
 
 
 class KeyedSite:
-    """An executor over host memory and a store, every block of the host filled and named."""
+    """An executor over memory and a store, every block of the host filled and named.
+
+    Blocks of the store come to the host straight, to the device through the ring.
+    """
 
     def __init__(
         self,
@@ -104,15 +121,19 @@ class KeyedSite:
         self.data = rng.integers(0, 256, (num_blocks, nbytes), dtype=np.uint8)
         self.host = HostStorage(host, backend=backend)
         self.host.write(self.ids, self.data)
+        self.device = DeviceStorage(host, backend=backend)
         self.store = HeldStore(layout)
-        self.storages: dict[Tier, Storage] = {Tier.HOST: self.host, Tier.REMOTE: self.store}
+        self.storages: dict[Tier, Storage] = {
+            Tier.DEVICE: self.device, Tier.HOST: self.host, Tier.REMOTE: self.store
+        }  # fmt: skip
         self.executor = Executor(self.storages, backend=backend, copy_threads=1, **settings)
         self.results: list[JobResult] = []
+        self.errors: list[BaseException] = []
         self._threads: list[threading.Thread] = []
 
     @property
     def ring(self) -> Any:
-        return self.executor._staging
+        return self.executor._means.staging
 
     def job(self, source: Tier, destination: Tier, num_blocks: int, **fields: Any) -> CopyJob:
         fields.setdefault("is_urgent", source is Tier.REMOTE)
@@ -130,8 +151,8 @@ class KeyedSite:
     def down(self, num_blocks: int) -> JobResult:
         return self.executor.execute(self.job(Tier.HOST, Tier.REMOTE, num_blocks))
 
-    def up(self, num_blocks: int, deadline: float | None = None) -> JobResult:
-        return self.executor.execute(self.job(Tier.REMOTE, Tier.HOST, num_blocks), deadline)
+    def up(self, num_blocks: int, to: Tier = Tier.HOST, deadline: float | None = None, **fields: Any) -> JobResult:
+        return self.executor.execute(self.job(Tier.REMOTE, to, num_blocks, **fields), deadline)
 
     def fill_store(self, num_blocks: int) -> None:
         """Store blocks, and wipe the host."""
@@ -146,9 +167,16 @@ class KeyedSite:
             data, checksum = self.store.objects[self.hashes[place].tobytes()]
             self.store.objects[self.hashes[place].tobytes()] = bytes([data[0] ^ 1]) + data[1:], checksum
 
-    def begin(self, job: CopyJob) -> threading.Thread:
-        """Execute a job in a thread of its own; its result comes to `results`."""
-        thread = threading.Thread(target=lambda: self.results.append(self.executor.execute(job)))
+    def begin(self, job: CopyJob, deadline: float | None = None) -> threading.Thread:
+        """Execute a job in a thread of its own; what comes of it goes to `results` or `errors`."""
+
+        def execute() -> None:
+            try:
+                self.results.append(self.executor.execute(job, deadline))
+            except BaseException as error:
+                self.errors.append(error)
+
+        thread = threading.Thread(target=execute)
         thread.start()
         self._threads.append(thread)
         return thread

@@ -1,4 +1,4 @@
-"""Reads in chunks of bounded bytes, up to four ahead: order, bounds, slow ones, deadlines; the ring's size."""
+"""Reads through the ring in chunks of bounded bytes, up to four ahead: order, bounds, slow ones, ends; its size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvbm.executor._CHUNK_NBYTES", MIB)
+    monkeypatch.setattr("kvbm.executor.copy_up._CHUNK_NBYTES", MIB)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_blocks_are_read_in_chunks_some_of_them_ahead(
     site.fill_store(num_blocks)
     store = site.store
     store.is_held = True
-    thread = site.begin(site.job(Tier.REMOTE, Tier.HOST, num_blocks))
+    thread = site.begin(site.job(Tier.REMOTE, Tier.DEVICE, num_blocks))
     for i in range(len(chunks)):
         num_open = min(num_ahead, len(chunks) - i)
         store.wait_for(i + num_open)
@@ -55,7 +55,7 @@ def test_blocks_are_read_in_chunks_some_of_them_ahead(
     assert np.concatenate([call.ids for call in store.calls]).tolist() == list(range(num_blocks)), "in order"
     assert np.concatenate([call.hashes for call in store.calls]).tolist() == site.hashes.tolist()
     assert not site.results[0].outcomes.any()
-    assert np.array_equal(site.host.read(site.ids), site.data)
+    assert np.array_equal(site.device.read(site.ids), site.data)
     assert site.ring.num_free == slots
 
 
@@ -63,7 +63,7 @@ def test_slow_chunk_is_waited_for_while_those_behind_it_have_come(make_keyed: Ma
     site = make_keyed(num_blocks=80, staging_blocks=64)
     site.fill_store(80)
     site.store.is_held = True
-    thread = site.begin(site.job(Tier.REMOTE, Tier.HOST, 80))
+    thread = site.begin(site.job(Tier.REMOTE, Tier.DEVICE, 80))
     site.store.wait_for(4)
     for call in site.store.calls[1:4]:
         site.store.end(call)
@@ -74,7 +74,7 @@ def test_slow_chunk_is_waited_for_while_those_behind_it_have_come(make_keyed: Ma
     site.store.end(site.store.calls[4])
     thread.join(PATIENCE_S)
     assert not site.results[0].outcomes.any()
-    assert np.array_equal(site.host.read(site.ids), site.data)
+    assert np.array_equal(site.device.read(site.ids), site.data)
 
 
 def test_job_whose_time_ends_between_chunks_keeps_what_has_come(make_keyed: MakeKeyed) -> None:
@@ -93,7 +93,7 @@ def test_job_whose_time_ends_between_chunks_keeps_what_has_come(make_keyed: Make
         return call.transfer
 
     store._take = take  # type: ignore[method-assign]
-    result = site.up(80, deadline=5.0)
+    result = site.up(80, Tier.DEVICE, deadline=5.0)
     assert [len(call.ids) for call in store.calls] == [16] * 4, "no other is begun"
     assert result.outcomes.tolist() == [Outcome.OK] * 16 + [Outcome.LATE] * 64
     assert result.reason == "its time was over"
@@ -102,8 +102,30 @@ def test_job_whose_time_ends_between_chunks_keeps_what_has_come(make_keyed: Make
     for i, num_free in ((2, 32), (1, 48), (3, 64)):
         store.end(store.calls[i])
         assert site.ring.num_free == num_free
-    assert np.array_equal(site.host.read(site.ids[:16]), site.data[:16])
-    assert not site.host.read(site.ids[16:]).any()
+    assert np.array_equal(site.device.read(site.ids[:16]), site.data[:16])
+    assert not site.device.read(site.ids[16:]).any()
+
+
+def test_interrupt_costs_the_ring_no_slot(make_keyed: MakeKeyed, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_keyed(num_blocks=80, staging_blocks=64)
+    site.fill_store(80)
+    site.store.is_held = True
+
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(site.executor._means, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        site.up(80, Tier.DEVICE)
+    monkeypatch.undo()
+    assert site.ring.num_free == 0, "they are still written to"
+    site.store.is_held = False
+    for i, call in enumerate(site.store.calls[::-1]):
+        assert site.ring.num_free == 16 * i
+        site.store.end(call)
+    assert site.ring.num_free == 64
+    assert not site.device.read(site.ids).any()
+    assert not site.up(80, Tier.DEVICE).outcomes.any()
 
 
 def test_chunk_that_fails_costs_its_blocks_alone(make_keyed: MakeKeyed) -> None:
@@ -111,12 +133,12 @@ def test_chunk_that_fails_costs_its_blocks_alone(make_keyed: MakeKeyed) -> None:
     site.fill_store(48)
     for place in (17, 20):
         del site.store.objects[site.hashes[place].tobytes()]
-    result = site.up(48)
+    result = site.up(48, Tier.DEVICE)
     assert np.flatnonzero(result.outcomes == Outcome.FAILED).tolist() == [17, 20]
     assert result.reason == "read error"
     good = np.flatnonzero(result.outcomes == Outcome.OK)
     assert len(good) == 46
-    assert np.array_equal(site.host.read(good.astype(np.int32)), site.data[good])
+    assert np.array_equal(site.device.read(good.astype(np.int32)), site.data[good])
     assert site.ring.num_free == 64
 
 
@@ -131,7 +153,7 @@ def test_ring_that_is_not_told_its_size_takes_32_mib_and_at_least_16_slots(
     assert site.ring.num_slots == num_slots
     assert site.ring.memory.nbytes == max(32 * MIB, 16 * nbytes)
     site.fill_store(2)
-    assert not site.up(2).outcomes.any()
+    assert not site.up(2, Tier.DEVICE).outcomes.any()
 
 
 def test_ring_takes_the_slots_that_it_is_told(make_keyed: MakeKeyed) -> None:

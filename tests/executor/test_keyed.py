@@ -21,27 +21,32 @@ from kvbm.types import Tier
 MakeKeyed = Callable[..., KeyedSite]
 OK, LATE, FAILED, CORRUPT = Outcome.OK, Outcome.LATE, Outcome.FAILED, Outcome.CORRUPT
 SMALL: dict[str, Any] = {"num_blocks": 12, "nbytes": 4096}
+UP = [Tier.HOST, Tier.DEVICE]  # straight, and through the ring
 
 
 # -- what it is told -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("to", UP)
 @pytest.mark.parametrize("kind", ["contiguous", "by layer"])
-def test_keyed_storage_gets_the_name_and_the_checksum_of_every_block(make_keyed: MakeKeyed, kind: str) -> None:
+def test_keyed_storage_gets_the_name_and_the_checksum_of_every_block(
+    make_keyed: MakeKeyed, kind: str, to: Tier
+) -> None:
     site = make_keyed(kind=kind, staging_blocks=8, **SMALL)
     assert not site.down(10).outcomes.any()
     writes = site.store.of_kind("write")
     assert len(writes) == (1 if kind == "contiguous" else 3), "straight from memory, or through half of the ring"
     assert np.concatenate([call.hashes for call in writes]).tolist() == site.hashes[:10].tolist()
     checksums = np.concatenate([call.checksums for call in writes])
-    expected = site.executor._urgent.compute_checksums(site.host, site.ids[:10], site.hashes[:10])
+    expected = site.executor._means._urgent.compute_checksums(site.host, site.ids[:10], site.hashes[:10])
     assert checksums.tolist() == expected.tolist()
     assert [block_id for ids in site.store.records for block_id in ids] == list(range(10))
     site.host.write(site.ids, np.zeros_like(site.data))
-    assert not site.up(10).outcomes.any()
+    assert not site.up(10, to).outcomes.any()
     reads = site.store.of_kind("read")
+    assert len(reads) == (1 if (kind, to) == ("contiguous", Tier.HOST) else 3)
     assert np.concatenate([call.hashes for call in reads]).tolist() == site.hashes[:10].tolist()
-    assert np.array_equal(site.host.read(site.ids[:10]), site.data[:10])
+    assert np.array_equal(site.storages[to].read(site.ids[:10]), site.data[:10])
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "by layer"])
@@ -85,15 +90,16 @@ def two_below(make_keyed: MakeKeyed, tmp_path: Path, backend: Backend) -> Iterat
     two.disk.close()
 
 
+@pytest.mark.parametrize("to", UP)
 @pytest.mark.parametrize("staging_blocks", [2, 8, 24])
 def test_corrupt_blocks_are_disowned_before_the_answer_when_they_come_to_memory(
-    make_keyed: MakeKeyed, staging_blocks: int
+    make_keyed: MakeKeyed, staging_blocks: int, to: Tier
 ) -> None:
     site = make_keyed(staging_blocks=staging_blocks, **SMALL)
     site.fill_store(12)
     site.spoil(1, 5, 6, 11)
     del site.store.objects[site.hashes[3].tobytes()]
-    result = site.up(12)
+    result = site.up(12, to)
     assert np.flatnonzero(result.outcomes == CORRUPT).tolist() == [1, 5, 6, 11]
     assert np.flatnonzero(result.outcomes == FAILED).tolist() == [3]
     ids = [block_id for call in site.store.disowned for block_id in call[0]]
@@ -134,8 +140,9 @@ def test_corrupt_blocks_of_a_disk_are_disowned_whoever_wants_them(two_below: Two
         assert site.store.of_kind("write")[0].checksums is not None
 
 
+@pytest.mark.parametrize("to", UP)
 def test_good_blocks_arrive_although_bad_ones_cannot_be_disowned(
-    make_keyed: MakeKeyed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make_keyed: MakeKeyed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, to: Tier
 ) -> None:
     site = make_keyed(staging_blocks=24, **SMALL)
     site.fill_store(12)
@@ -145,39 +152,47 @@ def test_good_blocks_arrive_although_bad_ones_cannot_be_disowned(
         raise OSError(5, "the index cannot be written")
 
     monkeypatch.setattr(site.store, "disown", refuse)
-    result = site.up(12)
+    result = site.up(12, to)
     assert result.outcomes.tolist() == [OK] * 4 + [CORRUPT] + [OK] * 7
+    good = np.flatnonzero(result.outcomes == OK)
+    assert np.array_equal(site.storages[to].read(good.astype(np.int32)), site.data[good])
     assert result.reason == "checksum mismatch"
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2, "one for the block, one for the index"
     assert "num_blocks=1" in warnings[0]
 
 
-def test_good_blocks_disown_nothing(make_keyed: MakeKeyed) -> None:
+@pytest.mark.parametrize("to", UP)
+def test_good_blocks_disown_nothing(make_keyed: MakeKeyed, to: Tier) -> None:
     site = make_keyed(staging_blocks=8, **SMALL)
     site.fill_store(12)
-    assert not site.up(12).outcomes.any()
+    assert not site.up(12, to).outcomes.any()
     assert site.store.disowned == []
 
 
 # -- away ------------------------------------------------------------------------------------------------------------
 
 
-def test_blocks_of_a_store_that_is_away_are_late_and_not_bad(make_keyed: MakeKeyed) -> None:
+@pytest.mark.parametrize("to", UP)
+def test_blocks_of_a_store_that_is_away_are_late_and_not_bad(make_keyed: MakeKeyed, to: Tier) -> None:
     site = make_keyed(staging_blocks=8, **SMALL)
     site.fill_store(12)
     site.store.is_away = True
-    result = site.up(12)
+    result = site.up(12, to)
     assert result.is_away
     assert result.outcomes.tolist() == [LATE] * 12, "they may be as good as ever"
     assert result.reason == "read error"
     assert site.store.disowned == []
     site.store.is_away = False
-    again = site.up(12)
+    again = site.up(12, to)
     assert (again.is_away, again.outcomes.tolist()) == (False, [OK] * 12)
 
 
-def test_store_that_goes_away_midway_keeps_what_has_come(make_keyed: MakeKeyed) -> None:
+@pytest.mark.parametrize("to", UP)
+def test_store_that_goes_away_midway_keeps_what_has_come(
+    make_keyed: MakeKeyed, monkeypatch: pytest.MonkeyPatch, to: Tier
+) -> None:
+    monkeypatch.setattr("kvbm.executor.copy_up._DIRECT_NBYTES", 4 * 4096)
     site = make_keyed(staging_blocks=8, **SMALL)
     site.fill_store(12)
     end = site.store.end
@@ -187,11 +202,11 @@ def test_store_that_goes_away_midway_keeps_what_has_come(make_keyed: MakeKeyed) 
         site.store.is_away |= len(site.store.calls) == 1  # with the second of three
 
     site.store.end = end_and_go  # type: ignore[method-assign]
-    result = site.up(12)
+    result = site.up(12, to)
     assert [len(call.ids) for call in site.store.of_kind("read")] == [4, 4, 4]
     assert result.is_away
     assert result.outcomes.tolist() == [OK] * 8 + [LATE] * 4
-    assert np.array_equal(site.host.read(site.ids[:8]), site.data[:8])
+    assert np.array_equal(site.storages[to].read(site.ids[:8]), site.data[:8])
 
 
 @pytest.mark.parametrize("is_refusing", [False, True])
@@ -210,7 +225,8 @@ def test_write_to_a_store_that_is_away_says_so(make_keyed: MakeKeyed, is_refusin
     assert site.store.records in ([], [[]])
 
 
-def test_read_that_a_store_refuses_while_it_is_away_is_late(make_keyed: MakeKeyed) -> None:
+@pytest.mark.parametrize("to", UP)
+def test_read_that_a_store_refuses_while_it_is_away_is_late(make_keyed: MakeKeyed, to: Tier) -> None:
     site = make_keyed(staging_blocks=8, **SMALL)
     site.fill_store(4)
     site.store.is_away = True
@@ -219,7 +235,7 @@ def test_read_that_a_store_refuses_while_it_is_away_is_late(make_keyed: MakeKeye
         raise StorageError("the store does not answer")
 
     site.store.submit_read = refuse  # type: ignore[method-assign]
-    result = site.up(4)
+    result = site.up(4, to)
     assert result.is_away
     assert result.reason == "the store does not answer"
     assert result.outcomes.tolist() == [LATE] * 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from keyed_site import PATIENCE_S, KeyedSite
+from keyed_site import PATIENCE_S, KeyedSite, when_it_waits
 
 from kvbm.errors import StorageError
 from kvbm.jobs import Outcome
@@ -15,7 +15,6 @@ from kvbm.types import Tier
 
 MakeKeyed = Callable[..., KeyedSite]
 SMALL: dict[str, Any] = {"num_blocks": 6, "nbytes": 4096, "staging_blocks": 8}
-LOOKS = 3  # of the executor at a write that does not land
 
 
 @pytest.mark.parametrize("how", ["result", "error", "cancelled"])
@@ -28,13 +27,11 @@ def test_write_that_ended_and_has_not_landed_is_not_answered_and_keeps_its_slots
     site.store.is_held = True
     seen: list[tuple[int, int]] = []
 
-    def look_again(pause_s: float) -> None:
-        """Stand in for the pause between two looks: the client lets go after the third."""
+    def look() -> None:
         seen.append((site.ring.num_free, len(site.results)))
-        if len(seen) == LOOKS:
-            site.store.calls[0].transfer.set_landed()
+        site.store.calls[0].transfer.set_landed()
 
-    monkeypatch.setattr("kvbm.landing.time.sleep", look_again)
+    when_it_waits(monkeypatch, look)
     thread = site.begin(site.job(Tier.HOST, Tier.REMOTE, 3))
     site.store.wait_for(1)
     (call,) = site.store.calls
@@ -45,32 +42,10 @@ def test_write_that_ended_and_has_not_landed_is_not_answered_and_keeps_its_slots
     else:
         call.transfer.cancel()
     thread.join(PATIENCE_S)
-    assert seen == [(8 if kind == "contiguous" else 5, 0)] * LOOKS
+    assert seen == [(8 if kind == "contiguous" else 5, 0)]
     assert site.results[0].outcomes.tolist() == [Outcome.OK if how == "result" else Outcome.FAILED] * 3
     assert site.ring.num_free == 8
     assert site.store.records == ([[0, 1, 2]] if how == "result" else [])
-
-
-def test_whoever_waits_for_a_write_to_land_looks_less_and_less_often(
-    make_keyed: MakeKeyed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = make_keyed(**SMALL)
-    site.store.is_held = True
-    pauses: list[float] = []
-
-    def look_again(pause_s: float) -> None:
-        pauses.append(pause_s)
-        if len(pauses) == 12:
-            site.store.calls[0].transfer.set_landed()
-
-    monkeypatch.setattr("kvbm.landing.time.sleep", look_again)
-    thread = site.begin(site.job(Tier.HOST, Tier.REMOTE, 3))
-    site.store.wait_for(1)
-    site.store.end(site.store.calls[0], has_landed=False)
-    thread.join(PATIENCE_S)
-    assert pauses == sorted(pauses)
-    assert pauses[0] == 1e-3
-    assert pauses[-1] == 0.1
 
 
 def test_slots_of_another_write_come_back_meanwhile(make_keyed: MakeKeyed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +54,12 @@ def test_slots_of_another_write_come_back_meanwhile(make_keyed: MakeKeyed, monke
     site.store.is_held = True
     others: list[Any] = []
 
-    def look_again(pause_s: float) -> None:
-        if not others:
-            site.store.is_held = False
-            others.append(site.down(1))
-            site.store.calls[0].transfer.set_landed()
+    def look() -> None:
+        site.store.is_held = False
+        others.append(site.down(1))
+        site.store.calls[0].transfer.set_landed()
 
-    monkeypatch.setattr("kvbm.landing.time.sleep", look_again)
+    when_it_waits(monkeypatch, look)
     thread = site.begin(site.job(Tier.HOST, Tier.REMOTE, 2))
     site.store.wait_for(1)
     site.store.end(site.store.calls[0], has_landed=False)
@@ -109,11 +83,11 @@ def test_block_read_from_a_store_into_a_store_waits_for_its_landing_too(
         store.end(call, has_landed=call.kind == "read")
         return call.transfer
 
-    def look_again(pause_s: float) -> None:
+    def look() -> None:
         seen.append(site.ring.num_free)
         store.of_kind("write")[0].transfer.set_landed()
 
-    monkeypatch.setattr("kvbm.landing.time.sleep", look_again)
+    when_it_waits(monkeypatch, look)
     store._take = take  # type: ignore[method-assign]
     result = site.executor.execute(site.job(Tier.REMOTE, Tier.REMOTE, 2))
     assert seen == [6]

@@ -295,7 +295,7 @@ class Remembering(HostStorage):
 
 def test_storage_that_keeps_records_is_told_and_asked(make_site: MakeSite) -> None:
     site = make_site({"device": "contiguous", "host": "contiguous"})
-    storage = site.executor._storages[Tier.HOST]
+    storage = site.executor._means._storages[Tier.HOST]
     storage.__class__, storage.told = Remembering, []
     of_all: dict[str, Any] = {"job_id": 4, "tier": Tier.HOST}
     books = {**of_all, "ids": np.array([1, 2, 3], dtype=np.int32)}

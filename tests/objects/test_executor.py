@@ -1,4 +1,4 @@
-"""Blocks on their way to an object store and back, by jobs, checksums compared (CONFORMANCE 27, 37)."""
+"""Blocks on their way to an object store and back, by jobs, checksums compared (CONFORMANCE 27, 32, 37)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvbm.executor import Executor
 from kvbm.jobs import CopyJob, ForgetJob, InventoryJob, JobResult, Outcome, ProbeJob
 from kvbm.layout import BlockLayout
 from kvbm.storage import HostStorage
+from kvbm.storage.object_store import RetryLimits
 from kvbm.testing.proxy import FaultyProxy, ProxyFault
 from kvbm.types import Tier
 
@@ -27,17 +28,36 @@ HOSTS = {
 
 
 class Site:
-    """A host tier and an object store."""
+    """A host tier, which blocks come to straight or through the ring, and an object store."""
 
     def __init__(self, remote: Any, layout: BlockLayout, backend: Backend) -> None:
         self.remote = remote
         self.host = HostStorage(layout, backend=backend)
-        self.executor = Executor({Tier.HOST: self.host, Tier.REMOTE: remote}, staging_blocks=4, backend=backend)
+        self.now = 0.0
+        storages = {Tier.HOST: self.host, Tier.REMOTE: remote}
+        self.executor = Executor(storages, staging_blocks=4, backend=backend, clock=lambda: self.now)
         self.blocks = Blocks(8, layout)
         self.host.write(self.blocks.ids, self.blocks.data)
 
+    def fill_store(self, num_blocks: int = 8) -> None:
+        """Store blocks; give the host others."""
+        ids = list(range(num_blocks))
+        assert (self.copy(Tier.HOST, Tier.REMOTE, ids, ids, ids).outcomes == Outcome.OK).all()
+        self.host.write(self.blocks.ids, ~self.blocks.data)
+        self.host.has_checksum[:] = True  # of what the blocks held before
+
+    def up(self, deadline: float | None = None) -> JobResult:
+        ids = list(range(8))
+        return self.copy(Tier.REMOTE, Tier.HOST, ids, ids, ids, deadline)
+
     def copy(
-        self, source: Tier, destination: Tier, source_ids: list[int], ids: list[int], names: list[int]
+        self,
+        source: Tier,
+        destination: Tier,
+        source_ids: list[int],
+        ids: list[int],
+        names: list[int],
+        deadline: float | None = None,
     ) -> JobResult:
         return self.executor.execute(
             CopyJob(
@@ -48,7 +68,8 @@ class Site:
                 destination_ids=np.array(ids, dtype=np.int32),
                 hashes=self.blocks.hashes[names],
                 is_urgent=source is Tier.REMOTE,
-            )
+            ),
+            deadline,
         )
 
 
@@ -119,30 +140,113 @@ def test_books_are_kept_by_jobs(make_any: MakeStorage, make_site: Callable[..., 
     assert probe() == [failed] * 4
 
 
+class Late:
+    """A site whose store keeps reads at a gate, once they have come there."""
+
+    def __init__(self, make_storage: MakeStorage, make_site: Callable[..., Site], kind: str) -> None:
+        self.client = FakeClient()
+        self.remote = make_storage(layout=REMOTE, client=self.client)
+        self.site = make_site(self.remote, kind)
+        self.site.fill_store()
+        self.client.is_gated = True
+        self._submit = self.remote.submit_read
+
+    def when_begun(self, action: Callable[[], None]) -> None:
+        """Act when a read stands at the gate."""
+
+        def submit(*arguments: Any, **names: Any) -> Any:
+            transfer = self._submit(*arguments, **names)
+            assert self.client.has_come.acquire(timeout=PATIENCE_S)
+            action()
+            return transfer
+
+        self.remote.submit_read = submit  # type: ignore[method-assign]
+
+    def let_go(self) -> None:
+        """Let the store answer to its heart's content, and see that nobody heard it."""
+        self.client.release()
+        self.remote.close(PATIENCE_S)
+        assert np.array_equal(self.site.host.read(self.site.blocks.ids), ~self.site.blocks.data)
+
+
+@pytest.mark.parametrize("kind", list(HOSTS))
 def test_an_answer_after_the_job_ended_reaches_nobody(
-    make_storage: MakeStorage, make_site: Callable[..., Site]
+    make_storage: MakeStorage, make_site: Callable[..., Site], kind: str
 ) -> None:
-    client = FakeClient()
-    remote = make_storage(layout=REMOTE, client=client)
-    site = make_site(remote)
-    site.copy(Tier.HOST, Tier.REMOTE, [0], [0], [0])
-    client.is_gated = True
-    moments = iter([0.0, 0.0])
-    site.executor._clock = lambda: next(moments, 10.0)
-    job = CopyJob(
-        job_id=1,
-        source=Tier.REMOTE,
-        destination=Tier.HOST,
-        source_ids=site.blocks.ids[:1],
-        destination_ids=site.blocks.ids[1:2],
-        hashes=site.blocks.hashes[:1],
-        is_urgent=True,
-    )
+    """A read of a store lands as soon as it is called back: the job is not kept by a store that does not answer."""
+    late = Late(make_storage, make_site, kind)
+    site = late.site
+
+    def end_time() -> None:
+        site.now = 10.0
+
+    late.when_begun(end_time)
     results: list[JobResult] = []
-    thread = threading.Thread(target=lambda: results.append(site.executor.execute(job, 5.0)))
+    thread = threading.Thread(target=lambda: results.append(site.up(deadline=5.0)))
     thread.start()
     thread.join(PATIENCE_S)
-    assert results[0].outcomes.tolist() == [Outcome.LATE]
-    client.release()
-    remote.close(PATIENCE_S)
-    assert np.array_equal(site.host.read(site.blocks.ids), site.blocks.data)
+    assert results[0].outcomes.tolist() == [Outcome.LATE] * 8
+    assert results[0].reason == "its time was over"
+    assert site.host.has_checksum.tolist() == [kind != "contiguous"] * 8, "rows of a read that began count for nothing"
+    late.let_go()
+
+
+@pytest.mark.parametrize("kind", list(HOSTS))
+def test_an_answer_after_an_interrupt_reaches_nobody(
+    make_storage: MakeStorage, make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    late = Late(make_storage, make_site, kind)
+    late.when_begun(lambda: None)
+
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(late.site.executor._means, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        late.site.up()
+    late.let_go()
+
+
+@pytest.mark.parametrize("kind", list(HOSTS))
+def test_what_is_bad_or_gone_in_a_store_costs_its_blocks_alone(
+    make_storage: MakeStorage, make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    client = FakeClient()
+    site = make_site(make_storage(layout=REMOTE, client=client), kind)
+    site.fill_store()
+    disowned: list[list[int]] = []
+    monkeypatch.setattr(site.remote, "disown", lambda ids, hashes: disowned.extend(hashes.tolist()))
+    flipped, garbage, gone = (
+        next(path for path in client.objects if bytes(site.blocks.hashes[i]).hex() in path) for i in (1, 4, 6)
+    )
+    data = client.objects[flipped]
+    client.objects[flipped] = data[:-1] + bytes([data[-1] ^ 1])
+    client.objects[garbage] = b"garbage" + client.objects[garbage][7:]
+    del client.objects[gone]
+    result = site.up()
+    assert np.flatnonzero(result.outcomes == Outcome.CORRUPT).tolist() == [1]
+    assert np.flatnonzero(result.outcomes == Outcome.FAILED).tolist() == [4, 6]
+    good = np.flatnonzero(result.outcomes == Outcome.OK)
+    assert len(good) == 5
+    assert np.array_equal(site.host.read(good), site.blocks.data[good])
+    assert site.host.has_checksum[good].all()
+    if kind == "contiguous":
+        assert not site.host.has_checksum[[1, 4, 6]].any()
+    assert disowned == site.blocks.hashes[[1]].tolist(), "what could not be read is not called bad"
+
+
+@pytest.mark.parametrize("kind", list(HOSTS))
+def test_blocks_of_a_store_that_is_given_up_are_late(
+    make_storage: MakeStorage, make_site: Callable[..., Site], kind: str
+) -> None:
+    client = FakeClient()
+    retries = RetryLimits(max_attempts=1)
+    site = make_site(make_storage(layout=REMOTE, client=client, retries=retries, max_failures=1), kind)
+    site.fill_store()
+    client.plan = [OSError("gone")] * 8
+    result = site.up()
+    assert result.is_away
+    assert result.outcomes.tolist() == [Outcome.LATE] * 8
+    assert len(client.objects) == 8
+    if kind == "contiguous":
+        assert not site.host.has_checksum.any()

@@ -377,7 +377,7 @@ def test_read_that_never_ends_costs_ring_slots_and_no_byte_until_it_does(make_ti
     tiers.put_below(others, "disk")
     with tiers.get(hashes, timeout=0.02) as blocks:
         assert len(blocks) == 0
-    ring: Any = tiers.manager._executor._staging
+    ring: Any = tiers.manager._executor._means.staging
     assert tiers.num_hit(others) == 3  # through what is left of the ring
     assert ring.num_free == 2
     storage.abandon()

@@ -81,7 +81,7 @@ def test_without_a_host_tier_blocks_pass_through_the_ring(make_tiers: Site, layo
     assert tiers.manager.host is None
     assert tiers.num_hit(hashes) == 7
     assert tiers.route("disk-device").blocks == 7
-    ring = tiers.manager._executor._staging
+    ring = tiers.manager._executor._means.staging
     assert ring is not None
     assert ring.num_free == staging_blocks
     tiers.see_idle()
