@@ -254,6 +254,7 @@ def _limits(config: Config) -> Limits:
         prefetch_blocks=offload.prefetch_blocks,
         probe_blocks=config.remote.probe_blocks,
         absent_s=config.remote.absent_s,
+        known_s=config.remote.known_s,
         away_s=config.remote.away_s,
         onboard_timeout_s=runtime.onboard_timeout_s,
         offload_timeout_s=runtime.offload_timeout_s,

@@ -259,6 +259,9 @@ class RemoteConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         PositiveInt, key("Blocks that one request missed and the store is asked for, in the background.", _COUNT)
     ] = 64
     absent_s: Annotated[Seconds, key("Time until a block that was absent is asked for again.", _SECONDS)] = 10.0
+    known_s: Annotated[
+        Seconds, key("Time until a block that was there is asked for again, in the background.", _SECONDS)
+    ] = 21600.0
     away_s: Annotated[Seconds, key("Time that a store which cannot be reached is left alone.", _SECONDS)] = 5.0
 
     @property

@@ -137,6 +137,15 @@ class TierVerbs:
         """Let go of pinned blocks, all of them where no hashes are given; return how many were pinned."""
         return self._planner.pins.unpin(hashes)
 
+    def num_pinned(self, tier: Tier | str) -> int:
+        """Count the pinned blocks of a tier."""
+        return self._planner.pins.num_pinned(self._pools[self._tier(tier)])
+
+    @property
+    def away_tiers(self) -> dict[str, bool]:
+        """Whether each tier that others share could not be reached a short while ago, by the tier's name."""
+        return {presence.tier.value: presence.is_away for presence in self._planner.presences}
+
     def prefetch(self, hashes: HashArray, *, timeout: float | None = None) -> Prefetch:
         """Bring blocks from lower tiers into the host tier in the background, for a request that is expected.
 
@@ -154,7 +163,8 @@ class TierVerbs:
         Prefetch
             Says at once how many blocks are `accepted`, `clipped` and `rejected`; its result is the number of blocks
             that arrived. It never makes a request wait: an onboarding goes first, and joins what moves already. Blocks
-            that an object store is not known to have count as rejected; it is asked, and what it has comes too.
+            that only an object store may have are `asked` for: once it has answered, by the deadline at the latest,
+            they count as one of the others, and what it has comes too.
 
         Raises
         ------

@@ -45,16 +45,15 @@ class SlabReading:
     @classmethod
     def of(cls, disk: Any) -> SlabReading:
         """Copy what a `DiskStorage` tells."""
-        slab = disk._slab  # which alone knows of failed syncs and damaged records
         return cls(
             engine=disk.engine_name,
             io_mode=disk.io_mode,
             written_nbytes=disk.bytes_per_day.total_nbytes,
             day_nbytes=disk.bytes_per_day.nbytes,
             device_nbytes=disk.device_nbytes,
-            num_sync_failures=slab.num_sync_failures,
-            num_index_failures=slab.index.num_failures,
-            num_damaged=slab.index.num_damaged,
+            num_sync_failures=disk.slab.num_sync_failures,
+            num_index_failures=disk.slab.index.num_failures,
+            num_damaged=disk.slab.index.num_damaged,
         )
 
 
@@ -110,7 +109,6 @@ class Reading:
         storages = {tier: manager.storage(tier) for tier in pools}
         disk = storages.get(Tier.DISK.value)
         remote = storages.get(Tier.REMOTE.value)
-        planner = manager._planner  # a manager shows neither pins nor who is away
         io_mode = getattr(disk, "io_mode", None)  # a storage of the user's own may stand in for the disk
         return cls(
             pools={tier: status for tier, status in manager.status().items() if tier in pools},
@@ -119,11 +117,11 @@ class Reading:
             block_nbytes={tier: storage.layout.block_nbytes for tier, storage in storages.items()},
             disk=getattr(disk, "counters", None),
             is_direct=None if io_mode is None else io_mode == "direct",
-            slab=SlabReading.of(disk) if hasattr(disk, "_slab") else None,
+            slab=SlabReading.of(disk) if hasattr(disk, "slab") else None,
             remote=getattr(remote, "counters", None),
             is_available=getattr(remote, "is_available", None),
-            away={presence.tier.value: presence.is_away for presence in planner.presences},
-            pinned={tier: planner.pins.num_pinned(pool) for tier, pool in pools.items()},
+            away=manager.away_tiers,
+            pinned={tier: manager.num_pinned(tier) for tier in pools},
             estimates={
                 (source.value, to.value): estimate for (source, to), estimate in manager.route_estimates().items()
             },

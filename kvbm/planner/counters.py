@@ -22,7 +22,8 @@ class RouteCounters:
         That arrived whole.
     dropped : Counter of str
         Blocks that were not moved, by reason: "queue_full", "evicted", "orphaned", "no_room", "lost_events",
-        "policy_failed", "write_budget", "executor_lost", "reset", "closed", and by outcome "late", "failed", "corrupt".
+        "policy_failed", "write_budget", "executor_lost", "reset", "expiring", "away", "closed", and by outcome
+        "late", "failed", "corrupt".
     present : int
         Blocks that were not moved because they were there, or on their way, already.
     queued, in_flight, draining : int

@@ -22,6 +22,7 @@ from kvbm.types import HashArray, IdArray, Tier
 
 _TICKS = 256  # a limit is that many: the moment of a use is known to half a percent of it
 _LAST_TICK = 1 << 31  # then they are counted from a later moment
+_NO_TICK = (1 << 32) - 1  # of a use later than can be counted
 _WINDOW = 1 << 16  # slots looked at in one step
 _CHUNK = 1024  # blocks that leave in one step
 _LOOKS = 16  # in one limit
@@ -63,15 +64,24 @@ class Expiry:
         for watch in self._watches:
             old = watch.look(self._clock())
             if len(old):
-                ids = watch.pool.lookup(old)
-                watch.pool.reset_blocks(old)
-                is_gone = (ids >= 0) & (watch.pool.lookup(old) < 0)
-                self._statistics.expired[watch.pool.tier.value] += int(is_gone.sum())
-                # Of a keyed tier only a row is gone: the bytes are others' too.
-                if watch.pool.tier not in self._records.keyed_tiers:
-                    self._records.forget_later(watch.pool.tier, ids[is_gone], old[is_gone])
+                self._forget(watch.pool, old)
             has_more |= watch.is_looking
         return has_more
+
+    def _forget(self, pool: BlockPool, old: HashArray) -> None:
+        # Of a keyed tier only a row goes: the bytes are others' too.
+        has_records = pool.tier in self._records.tiers - self._records.keyed_tiers
+        if has_records:
+            self._records.begin_to_forget(pool.tier, old)
+        is_gone = np.zeros(len(old), dtype=np.bool_)
+        try:
+            was_there = pool.lookup(old) >= 0
+            pool.reset_blocks(old)
+            is_gone = was_there & (pool.lookup(old) < 0)
+        finally:
+            if has_records:
+                self._records.forget_gone(pool.tier, old, is_gone)
+        self._statistics.expired[pool.tier.value] += int(is_gone.sum())
 
     def next_look(self) -> float | None:
         """When to step again; None where no pool has a limit."""
@@ -102,21 +112,23 @@ class _Watch:
         self._used_at[ids] = self._tick(self._clock())
 
     def _tick(self, now: float) -> int:
-        return min(1 + int((now - self._began_at) * _TICKS / self._ttl_s), 2 * _LAST_TICK - 1)
+        return min(1 + int((now - self._began_at) * _TICKS / self._ttl_s), _NO_TICK)
 
-    def _begin_later(self) -> None:
+    def _begin_later(self, now: float) -> None:
         """Count ticks from a later moment, before they outgrow four bytes; what is old stays old."""
-        num_ticks = _LAST_TICK - 2 * _TICKS
+        num_ticks = int((now - self._began_at) * _TICKS / self._ttl_s) - 2 * _TICKS
         self._began_at += num_ticks * self._ttl_s / _TICKS
-        is_used = self._used_at > 0
-        self._used_at[is_used] = np.maximum(self._used_at[is_used].astype(np.int64) - num_ticks, 1)
+        used_at = self._used_at.astype(np.int64)
+        is_used, is_beyond = used_at > 0, used_at == _NO_TICK
+        self._used_at[is_used] = np.maximum(used_at[is_used] - num_ticks, 1)
+        self._used_at[is_beyond] = 2 * _TICKS  # not long ago: nobody has looked since
 
     def look(self, now: float) -> HashArray:
         """Give hashes of old blocks of the next window, at most a chunk: (num_blocks, 2) uint64."""
         if now < self.looks_at and not self.is_looking:
             return np.empty((0, 2), dtype=np.uint64)
         if self._tick(now) > _LAST_TICK:
-            self._begin_later()
+            self._begin_later(now)
         latest = self._tick(now)
         used_at = self._used_at[self._place : self._place + _WINDOW]
         (places,) = ((used_at > 0) & (used_at < max(0, latest - _TICKS))).nonzero()

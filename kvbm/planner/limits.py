@@ -36,6 +36,8 @@ class Limits:
         Blocks remembered as absent in a keyed tier.
     absent_s : float
         Seconds until an absent block is asked for again.
+    known_s : float
+        Seconds until a block that was there is asked for again.
     away_s : float
         Seconds that a tier which cannot be reached is left alone.
     touch_calls : int
@@ -55,6 +57,7 @@ class Limits:
     probe_blocks: int = 64
     absent_blocks: int = 1 << 16
     absent_s: float = 10.0
+    known_s: float = 6 * 3600.0
     away_s: float = 5.0
 
     def __post_init__(self) -> None:
@@ -70,7 +73,7 @@ class Limits:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, give 1 or more")
-        for name in ("onboard_timeout_s", "offload_timeout_s", "absent_s", "away_s"):
+        for name in ("onboard_timeout_s", "offload_timeout_s", "absent_s", "known_s", "away_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, give more than 0 seconds")
         for name in ("in_flight_share", "pin_share"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from kvbm.planner.limits import Limits
 from kvbm.planner.onboard import Onboarder
 from kvbm.planner.onboarding import Onboarding
 from kvbm.planner.prefetch import Prefetch, Relay, Staging
+from kvbm.planner.presence import Presence
 from kvbm.planner.queue import keys_of
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, Places, Tier, hash_array
@@ -46,6 +48,8 @@ class Loader:
         Wakes whoever pumps.
     clock : callable
         Gives seconds; monotonic.
+    presence : Presence, optional
+        Of the tier that a prefetch asks for what no tier is known to have.
     **parts
         What each `Onboarder` needs besides.
 
@@ -64,6 +68,7 @@ class Loader:
         need_open: Callable[[], None],
         poke: Callable[[], None],
         clock: Callable[[], float],
+        presence: Presence | None = None,
         **parts: Any,
     ) -> None:
         self._pools = pools
@@ -72,6 +77,7 @@ class Loader:
         self._need_open = need_open
         self._poke = poke
         self._clock = clock
+        self._presence = presence
         self.looks_at = math.inf
         self._statistics: PlannerStatistics = parts["statistics"]
         self._top = pools()[0]
@@ -139,40 +145,63 @@ class Loader:
         onboarder = self._onboarder if to_top else self._stager
         prefetch = Prefetch(deadline_s=timeout_s, clock=self._clock, on_deadline=lambda: self._expire(staging))
         unsent: Unsent = deque()
-        parts: list[HitPart] = []
         staging = Staging(onboarder.pool, names[:0], prefetch, deadline=self._clock() + timeout_s)
+        staging.settled = lambda: self._settle(staging)
         try:
             with self._dispatcher.locked():
                 self._need_open()
-                staging.hashes, parts = self._choose(names, onboarder, prefetch, source)
-                try:
-                    jobs = onboarder.begin(staging, parts, timeout_s) if parts else []
-                except NotEnoughBlocksAvailable:  # somebody took them since we looked
-                    prefetch.clipped += prefetch.accepted
-                    prefetch.accepted, jobs = 0, []
-                if staging.num_open:
-                    self._stagings[id(staging)] = staging, sum([len(job.hashes) for job in jobs])
-                    staging.settled = lambda: self._settle(staging)
-                counts = {name: getattr(prefetch, name) for name in ("accepted", "clipped", "rejected")}
-                self._statistics.prefetched.update(counts)
-                self._open(onboarder, jobs, timeout_s, unsent)
-            if not staging.num_open:
+                self._stagings[id(staging)] = staging, 0
+                self._bring(staging, names, onboarder, source, unsent)
+                if source is None:
+                    self._ask(staging, names)
+                prefetch.rejected = len(names) - prefetch.accepted - prefetch.clipped - prefetch.asked
+                self._count(prefetch, 0, 0, 0)
+            if staging.is_settled:
                 self._expire(staging)
             prefetch.add_done_callback(lambda _: self._ended(staging))
         except BaseException:
             self._dispatcher.give_up(unsent)
+            if staging.is_settled:
+                self._expire(staging)
             raise
-        finally:
-            if not staging.is_begun:
-                for part in parts:
-                    part.blocks.release()
         self._send(staging, unsent)
+        if prefetch.asked:
+            self._poke()
         return prefetch
 
+    def _bring(
+        self, staging: Staging, names: HashArray, onboarder: Onboarder, source: Tier | None, unsent: Unsent
+    ) -> None:
+        """Open the jobs that bring what lies below and has room, under the lock; count that and what has none."""
+        prefetch, former = staging.prefetch, staging.hashes
+        timeout_s = staging.deadline - self._clock()
+        hashes, parts, num_clipped = self._choose(names, onboarder, source)
+        for part in parts:
+            part.places = part.places + len(former)
+        staging.hashes, staging.is_begun = np.concatenate([former, hashes]), False
+        num_accepted = sum([len(part.places) for part in parts])
+        jobs: list[CopyJob] = []
+        try:
+            if parts:
+                jobs = onboarder.begin(staging, parts, timeout_s)
+        except NotEnoughBlocksAvailable:  # somebody took them since we looked
+            num_clipped += num_accepted
+            num_accepted = 0
+        finally:
+            if not staging.is_begun:
+                staging.hashes = former
+                for part in parts:
+                    part.blocks.release()
+        prefetch.accepted += num_accepted
+        prefetch.clipped += num_clipped
+        _, num_blocks = self._stagings[id(staging)]
+        self._stagings[id(staging)] = staging, num_blocks + sum([len(job.hashes) for job in jobs])
+        self._open(onboarder, jobs, timeout_s, unsent)
+
     def _choose(
-        self, names: HashArray, onboarder: Onboarder, prefetch: Prefetch, source: Tier | None
-    ) -> tuple[HashArray, list[HitPart]]:
-        """Hold what can be brought, count what cannot; give the names of the former and where they lie."""
+        self, names: HashArray, onboarder: Onboarder, source: Tier | None
+    ) -> tuple[HashArray, list[HitPart], int]:
+        """Hold what can be brought; give its names, where they lie, and how many have no room."""
         pools = self._pools()
         where, ids = find_sources(pools, names)
         lowest = next((index for index, pool in enumerate(pools) if pool is onboarder.pool), len(pools))
@@ -183,14 +212,14 @@ class Loader:
         wanted: dict[bytes, int] = {}
         for key, place in zip(keys_of(names.take(places, axis=0)), places.tolist(), strict=True):
             wanted.setdefault(key, place)
-        room = self._room(onboarder.pool)
+        room, num_clipped = self._room(onboarder.pool), 0
         kept: list[int] = []
         for key, place in wanted.items():
             if onboarder is not self._onboarder and self._onboarder.loading_of(key) is not None:
                 continue
             if onboarder.loading_of(key) is None:
                 if not room:
-                    prefetch.clipped += 1
+                    num_clipped += 1
                     continue
                 room -= 1
             kept.append(place)
@@ -200,9 +229,52 @@ class Loader:
             (indices,) = (where.take(chosen) == index).nonzero()
             blocks, is_there = pools[index].hold_blocks(ids.take(chosen[indices]), hashes.take(indices, axis=0))
             parts.append(HitPart(pools[index], blocks, indices[is_there]))
-            prefetch.accepted += len(blocks)
-        prefetch.rejected = len(names) - prefetch.accepted - prefetch.clipped
-        return hashes, parts
+        return hashes, parts, num_clipped
+
+    # -- what only a store may have ----------------------------------------------------------------------------
+
+    def _ask(self, staging: Staging, names: HashArray) -> None:
+        """Ask the keyed tier for what is in no tier as far as is known, under the lock."""
+        if self._presence is None:
+            return
+        where, _ = find_sources(self._pools(), names)
+        unknown = {key: place for place, key in reversed(list(enumerate(keys_of(names)))) if where[place] < 0}
+        hashes = names.take(np.array(sorted(unknown.values()), dtype=np.intp), axis=0)
+        parts, num_left = self._presence.ask(
+            hashes, partial(self._hear, staging), is_wanted=lambda: not staging.is_over, until=staging.deadline
+        )
+        staging.num_questions = len(parts)
+        staging.prefetch.asked = sum([len(part) for part in parts])
+        staging.prefetch.clipped += num_left
+
+    def _hear(self, staging: Staging, asked: HashArray, found: HashArray) -> None:
+        """Bring what the keyed tier turned out to have."""
+        prefetch = staging.prefetch
+        unsent: Unsent = deque()
+        try:
+            with self._dispatcher.locked():
+                staging.num_questions -= 1
+                if staging.is_over:
+                    return
+                before = prefetch.accepted, prefetch.clipped, prefetch.rejected
+                prefetch.asked -= len(asked)
+                self._bring(staging, found, self._stager, None, unsent)
+                prefetch.rejected += len(asked) - (prefetch.accepted + prefetch.clipped - before[0] - before[1])
+                self._count(prefetch, *before)
+        except BaseException:
+            self._dispatcher.give_up(unsent)
+            raise
+        if staging.is_settled:
+            self._expire(staging)
+        self._send(staging, unsent)
+
+    def _count(self, prefetch: Prefetch, accepted: int, clipped: int, rejected: int) -> None:
+        """Count what a prefetch was answered beyond this."""
+        self._statistics.prefetched.update(
+            accepted=prefetch.accepted - accepted,
+            clipped=prefetch.clipped - clipped,
+            rejected=prefetch.rejected - rejected,
+        )
 
     def _settle(self, staging: Staging) -> None:
         if self._stagings.pop(id(staging), None) is not None:
@@ -229,7 +301,16 @@ class Loader:
     def loading(self) -> list[Onboarding]:
         """Give onboardings that have open jobs, under the lock."""
         found = {id(onboarding): onboarding for part in self._both for onboarding in part.loading}
+        found.update({id(staging): staging for staging, _ in self._stagings.values()})
         return list(found.values())
+
+    def end_all(self, error: BaseException) -> list[After]:
+        """Give what ends every onboarding with this error, under the lock."""
+        ends = []
+        for onboarding in self.loading():
+            ends.append(onboarding.finish(error))
+            self._let_go_of_sources(onboarding)
+        return ends
 
     def expired(self, now: float) -> list[Onboarding]:
         """Give those whose time is over and that were not ended yet, under the lock."""
@@ -280,12 +361,24 @@ class Loader:
     def _expire(self, onboarding: Onboarding) -> None:
         with self._dispatcher.locked():
             end: After = onboarding.finish()
+            self._let_go_of_sources(onboarding)
         end()
 
     def _ended(self, onboarding: Onboarding) -> None:
         if not onboarding.transfer.cancelled():
             return
+        end: After | None = None
         with self._dispatcher.locked():
             onboarding.abandon()
             jobs = [job for part in self._both for job in part.renounce(owner=onboarding)]
+            if onboarding.is_settled:  # it waited for nothing but an answer of a store
+                end = onboarding.finish()
+                self._let_go_of_sources(onboarding)
+        if end is not None:
+            end()
         self._dispatcher.revoke(jobs)
+
+    def _let_go_of_sources(self, onboarding: Onboarding) -> None:
+        """Release what is loaded from where nothing moves any more and no answer will come that would see to it."""
+        if onboarding.is_settled:
+            self._stager.release(onboarding, is_used=True)

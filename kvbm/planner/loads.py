@@ -1,4 +1,4 @@
-"""What an onboarder notes of each job that loads blocks, and of each part of a hit before anything is done for it."""
+"""What is noted of each job that moves blocks, and of each part of a hit before anything is done for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.blocks import MutableBlocks
+from kvbm.blocks import ImmutableBlocks, MutableBlocks
 from kvbm.jobs import CopyJob
 from kvbm.planner.counters import RouteCounters
 from kvbm.planner.hit import HitPart
@@ -17,8 +17,23 @@ from kvbm.types import HashArray, IdArray, Places
 
 
 @dataclass
+class OffloadLoad:
+    """One open job that offloads blocks, and what it holds."""
+
+    source: ImmutableBlocks
+    target: MutableBlocks
+    hashes: HashArray
+    parents: HashArray
+    priorities: npt.NDArray[np.uint8]
+    before: HashArray  # the blocks above those, as far as they are known
+    keys: list[bytes]
+    seq: int
+    unwanted: set[bytes] = field(default_factory=set)  # forgotten below meanwhile
+
+
+@dataclass
 class Load:
-    """One open job; its sources are held by its owner."""
+    """One open job that loads blocks; its sources are held by its owner."""
 
     pool: BlockPool  # that the sources lie in
     counters: RouteCounters

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -22,6 +21,7 @@ from kvbm.planner.counters import RouteCounters
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
+from kvbm.planner.loads import OffloadLoad
 from kvbm.planner.policies import Candidates, OffloadPolicy
 from kvbm.planner.priorities import carry_priorities
 from kvbm.planner.queue import Batch, OffloadQueue, keys_of
@@ -37,21 +37,6 @@ _YOUNG_BATCHES = 4096  # the oldest are forgotten
 _GAP = int(OutboxKind.GAP)
 Mask = npt.NDArray[np.bool_]
 Moved = Callable[[tuple[Tier, Tier], IdArray, HashArray, HashArray], None]
-
-
-@dataclass
-class _Load:
-    """What one job holds."""
-
-    source: ImmutableBlocks
-    target: MutableBlocks
-    hashes: HashArray
-    parents: HashArray
-    priorities: npt.NDArray[np.uint8]
-    before: HashArray  # the blocks above those, as far as they are known
-    keys: list[bytes]
-    seq: int
-    unwanted: set[bytes] = field(default_factory=set)  # forgotten below meanwhile
 
 
 class OffloadRoute:
@@ -102,7 +87,7 @@ class OffloadRoute:
         self._last_seq: int | None = None  # of the rows read so far
         self._queue = OffloadQueue()
         self._in_flight: dict[bytes, None] = {}
-        self._loads: dict[int, _Load] = {}  # by job
+        self._loads: dict[int, OffloadLoad] = {}  # by job
         self._max_in_flight = max(1, int(limits.in_flight_share * min(source.total_blocks, destination.total_blocks)))
 
     @property
@@ -222,7 +207,7 @@ class OffloadRoute:
         has_room = self.counters.in_flight < self._max_in_flight and len(self._loads) < self._limits.route_jobs
         return self._queue.num_blocks > 0 and has_room and not self.pauses
 
-    def _hold(self, batch: Batch) -> _Load | None:
+    def _hold(self, batch: Batch) -> OffloadLoad | None:
         """Hold what still has to be moved and is still there, on both sides."""
         (absent,) = (self.destination.lookup(batch.hashes) < 0).nonzero()
         wanted: dict[bytes, int] = {}  # hash -> place, each hash once
@@ -230,6 +215,11 @@ class OffloadRoute:
             if key not in self._in_flight:
                 wanted.setdefault(key, i)
         self.counters.present += len(batch.ids) - len(wanted)
+        shut_out = self._records.shut_out(self.destination.tier)
+        expiring = [key for key in wanted if key in shut_out]
+        self._drop("expiring", len(expiring))
+        for key in expiring:
+            del wanted[key]
         if not wanted:
             return None
         places = np.array(list(wanted.values()), dtype=np.intp)
@@ -250,7 +240,7 @@ class OffloadRoute:
             rest.release()
         hashes, parents, priorities = self.source.describe_blocks(source.block_ids)
         before = self._lineages.extend(parents, hashes)
-        return _Load(source, target, hashes, parents, priorities, before, keys_of(hashes), batch.seq)
+        return OffloadLoad(source, target, hashes, parents, priorities, before, keys_of(hashes), batch.seq)
 
     def _without_orphans(
         self, source: ImmutableBlocks, hashes: HashArray, parents: HashArray, is_there: Mask

@@ -173,7 +173,7 @@ class Onboarder:
                 target.release()
         if not owner.is_settled:
             return jobs, []
-        self._release(owner, is_used=False)
+        self.release(owner, is_used=False)
         return jobs, [owner.finish()]
 
     def _plan(self, part: HitPart, onboarding: Onboarding) -> LoadPlan:
@@ -354,10 +354,10 @@ class Onboarder:
             onboarding.num_open -= 1
             if onboarding.is_settled:
                 ends.append(onboarding.finish())
-                self._release(onboarding, is_used)
+                self.release(onboarding, is_used)
         return ends
 
-    def _release(self, onboarding: Onboarding, is_used: bool) -> None:
+    def release(self, onboarding: Onboarding, is_used: bool) -> None:
         """Give the sources back; then the whole prefix becomes young, so that it leaves after its leaves."""
         parts, onboarding.sources = onboarding.sources, []
         for part in reversed(parts):

@@ -24,7 +24,7 @@ from kvbm.planner.queue import keys_of
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, hash_array
 
-_SPARE_ENDS = 64
+_SPARE_ENDS = 4  # of batches without blocks, that are left in the heap
 
 
 @dataclass(eq=False)
@@ -73,6 +73,7 @@ class Pins:
         self._clock = clock
         self._batch_of: dict[bytes, _Batch] = {}  # hash -> the one batch that pins it
         self._ends: list[tuple[float, int, _Batch]] = []  # a heap; a batch without blocks is passed over
+        self._num_dead = 0  # of those
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -108,22 +109,26 @@ class Pins:
         """Let go of these blocks, or of all; return how many were pinned."""
         with self._locked():
             if hashes is None:
-                return sum([self._drop(batch) for batch in self._batches()])
-            keys = keys_of(hash_array(hashes))
-            return self._let_go({key for key in keys if key in self._batch_of})
+                num_blocks = sum([self._drop(batch) for batch in self._batches()])
+            else:
+                keys = keys_of(hash_array(hashes))
+                num_blocks = self._let_go({key for key in keys if key in self._batch_of})
+            self._compact()
+            return num_blocks
 
     def expire(self) -> int:
         """Let go of what is over; return how many blocks."""
         num_blocks = 0
         with self._locked():
             while self._ends and self._ends[0][0] <= self._clock():
-                num_blocks += self._drop(heapq.heappop(self._ends)[2])
+                num_blocks += self._drop(self._ends[0][2])
+                self._pop()
         return num_blocks
 
     def next_end(self) -> float | None:
         """When the next pin is over, under the lock; None without one."""
         while self._ends and not self._ends[0][2].blocks.is_live:
-            heapq.heappop(self._ends)
+            self._pop()
         return self._ends[0][0] if self._ends else None
 
     def refuse_reset(self, pool: BlockPool) -> None:
@@ -165,10 +170,20 @@ class Pins:
             return
         self._batch_of.update(dict.fromkeys(keys, batch))
         self._room[id(batch.pool)] -= len(keys)
-        if len(self._ends) > 2 * len(self._batch_of) + _SPARE_ENDS:  # most of them were let go of before their time
+        self._compact()
+        heapq.heappush(self._ends, (batch.until, next(self._numbers), batch))
+
+    def _pop(self) -> None:
+        """Take the next end off the heap; its batch has no blocks any more."""
+        heapq.heappop(self._ends)
+        self._num_dead -= 1
+
+    def _compact(self) -> None:
+        """Forget the ends of batches that were let go of before their time, once most are of that kind."""
+        if self._num_dead > _SPARE_ENDS and 2 * self._num_dead > len(self._ends):
             self._ends = [end for end in self._ends if end[2].blocks.is_live]
             heapq.heapify(self._ends)
-        heapq.heappush(self._ends, (batch.until, next(self._numbers), batch))
+            self._num_dead = 0
 
     def _let_go(self, keys: set[bytes]) -> int:
         """Let go of some pinned blocks; those of a batch as one guard, so that leaves leave first."""
@@ -181,6 +196,7 @@ class Pins:
             leaving.release()
             if not len(batch.blocks):
                 batch.blocks.release()
+                self._num_dead += 1
         for key in keys:
             del self._batch_of[key]
         return len(keys)
@@ -193,4 +209,5 @@ class Pins:
             del self._batch_of[key]
         self._room[id(batch.pool)] += len(keys)
         batch.blocks.release()
+        self._num_dead += 1
         return len(keys)

@@ -135,7 +135,8 @@ class Planner:
         )
         self.estimates = Estimates(pools[0].tier, clock=clock)
         shared: dict[str, Any] = {"need_open": self._need_open, "poke": self._poke, "clock": clock}
-        self.loader = Loader(self._usable_pools, dispatcher=self._dispatcher, **moving, **shared)
+        presence = next(iter(self.presences), None)
+        self.loader = Loader(self._usable_pools, dispatcher=self._dispatcher, presence=presence, **moving, **shared)
         self.advisor = Advisor(
             self.estimates, self.loader, top=pools[0].tier, job_blocks=self.limits.job_blocks, clock=clock
         )
@@ -183,12 +184,7 @@ class Planner:
 
     def prefetch(self, hashes: HashArray, timeout_s: float | None = None) -> Prefetch:
         """Bring blocks up in the background; see `BlockManager.prefetch`."""
-        names = hash_array(hashes)
-        prefetch = self.loader.prefetch(names, timeout_s)
-        for presence in self.presences:
-            presence.ask(names, lambda found: prefetch.cancelled() or self.loader.prefetch(found, timeout_s))
-            self._poke()
-        return prefetch
+        return self.loader.prefetch(hashes, timeout_s)
 
     def prioritise(self, hashes: HashArray, priority: int) -> int:
         """Set how long blocks are kept, in every tier; return how many the top tier has."""
@@ -264,7 +260,7 @@ class Planner:
             if self._is_closed:
                 return None
             moments = [self._ledger.next_due_at(), self.loader.next_deadline(), self.pins.next_end()]
-        moments.append(self._expiry.next_look())
+        moments += [self._expiry.next_look(), *(presence.next_look() for presence in self.presences)]
         due_at = min((moment for moment in moments if moment is not None), default=None)
         self.loader.looks_at = math.inf if due_at is None else due_at
         return None if due_at is None else max(0.0, due_at - self._clock())
@@ -303,7 +299,7 @@ class Planner:
             for route in self._routes:
                 route.close()
             error = PoolClosed("the manager was closed while blocks were on their way")
-            ends: list[After] = [onboarding.finish(error) for onboarding in self.loader.loading()]
+            ends: list[After] = self.loader.end_all(error)
             ends.append(partial(self.records.close, error))
             self._changed.notify_all()
         run_all(ends)

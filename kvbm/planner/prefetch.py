@@ -25,15 +25,20 @@ from kvbm.types import HashArray, Places
 class Prefetch(Transfer[int]):
     """Blocks that are being brought up in the background; its result is how many have arrived.
 
-    `cancel` stops what has not begun; what moves arrives all the same. At its deadline it ends with what is there.
+    `cancel` stops what has not begun; what moves arrives all the same. At its deadline it ends with what is there. It
+    stays open while an object store is asked for blocks that are not known to be there.
 
     Attributes
     ----------
     accepted : int
         Blocks that will be brought: they lie below, and have room.
+    asked : int
+        Blocks that only an object store may have, and that it has not answered for yet; then each counts as one of the
+        others. What is left of them at the end was not answered in time.
     clipped : int
         Blocks that lie below and will not be brought, because as many as may be are on their way
-        (``offload.prefetch_blocks``, and a quarter of the tier), or because the tier has no room. Ask again later.
+        (``offload.prefetch_blocks``, and a quarter of the tier), or because the tier has no room; and those that an
+        object store might have and is not asked for, because it is asked for as many. Ask again later.
     rejected : int
         Blocks that need not or cannot be brought: they are in the tier or above it, or on their way there, or in no
         tier at all, or given twice.
@@ -47,10 +52,12 @@ class Prefetch(Transfer[int]):
         on_deadline: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(deadline_s=deadline_s, clock=clock, on_deadline=on_deadline)
-        self.accepted = self.clipped = self.rejected = 0
+        self.accepted = self.asked = self.clipped = self.rejected = 0
 
     def __repr__(self) -> str:
         counts = f"accepted={self.accepted}, clipped={self.clipped}, rejected={self.rejected}"
+        if self.asked:
+            counts += f", asked={self.asked}"
         return f"Prefetch({self.state.value}, {counts})"
 
 
@@ -71,6 +78,8 @@ class Staging(Onboarding):
 
     def __init__(self, pool: BlockPool, hashes: HashArray, transfer: Prefetch, *, deadline: float) -> None:
         super().__init__(pool, hashes, transfer, deadline=deadline)
+        self.prefetch = transfer
+        self.num_questions = 0  # to object stores, that are not answered
         self.num_arrived = 0
         self.settled: Callable[[], object] = _nothing  # told once nothing of it moves
 
@@ -79,11 +88,17 @@ class Staging(Onboarding):
         self.num_arrived += len(blocks)
         super().add(places, blocks)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of it moves, and nothing more may come."""
+        return not self.num_open and (self.is_over or not self.num_questions)
+
     def finish(self, error: BaseException | None = None) -> After:
         """Let go of what has arrived; give what ends the transfer."""
+        end = super().finish(error)
         if self.is_settled:
             self.settled()
-        return super().finish(error)
+        return end
 
     def _collect(self) -> int:
         self.let_go()

@@ -3,23 +3,26 @@
 A keyed tier (an object store) has no slots. Its pool is the view: a block of it is a row that says "these bytes are
 there", the row used longest ago gives way, and forgetting a row forgets nothing below. Rows come from a listing at the
 start, from our own writes, and from probes: what a request misses is asked for in the background, in batches, one job
-at a time, so that the next request finds it. What is known to be absent is not asked for again for a while. A tier that
-cannot be reached is left alone for a while.
+at a time, so that the next request finds it. What is known to be absent is not asked for again for a while, and what is
+known to be there is asked for again after a longer one: others may delete it. A tier that cannot be reached is left
+alone for a while.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from kvbm.errors import PoolClosed
 from kvbm.jobs import InventoryJob, JobResult, ProbeJob
+from kvbm.planner.known import KnownRows
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.queue import keys_of
@@ -34,13 +37,27 @@ _WISHES_AT_ONCE = 4  # of a job's blocks each
 _ROWS_AT_ONCE = 4096  # registered under the lock in one piece
 
 
+Then = Callable[[HashArray, HashArray], object]
+
+
 @dataclass(frozen=True)
 class _Wish:
     """Blocks that somebody wants to know of."""
 
     hashes: HashArray
     parents: HashArray  # of each
-    then: Callable[[HashArray], object] | None = None
+    until: float  # moment after which nobody does
+    then: Then | None = None  # told once
+    is_wanted: Callable[[], bool] = lambda: True
+
+
+@dataclass
+class _Question:
+    """One job, and whom to tell what of its answer."""
+
+    found: dict[bytes, tuple[HashArray, HashArray]] = field(default_factory=dict)  # hash, parent
+    wishes: list[tuple[_Wish, set[bytes]]] = field(default_factory=list)  # with what is known to be there already
+    known: set[bytes] = field(default_factory=set)  # rows that are asked for again
 
 
 class Presence:
@@ -72,7 +89,9 @@ class Presence:
         self._next_id = next_id
         self._submit = submit
         self._clock = clock
-        self._wanted: deque[_Wish] = deque(maxlen=_REQUESTS)
+        self._wanted: deque[_Wish] = deque(maxlen=_REQUESTS)  # what requests missed
+        self._asked: deque[_Wish] = deque()  # what somebody waits for; under `_choosing`
+        self._known = KnownRows(pool, limits.known_s, clock)
         self._absent: OrderedDict[bytes, float] = OrderedDict()  # until when it counts as absent
         self._is_asking = False  # one question at a time
         self._choosing = threading.Lock()  # guards it
@@ -104,73 +123,132 @@ class Presence:
         parents[1:] = missing[:-1]
         if start:
             parents[0] = hashes[start - 1]
-        self._wanted.append(_Wish(missing, parents))
+        self._wanted.append(_Wish(missing, parents, self._clock() + self._limits.offload_timeout_s))
 
-    def ask(self, hashes: HashArray, then: Callable[[HashArray], object]) -> None:
-        """Ask for blocks that may be of several sequences, as many as a prefetch may bring; any thread, no lock.
+    def ask(
+        self, hashes: HashArray, then: Then, *, is_wanted: Callable[[], bool], until: float
+    ) -> tuple[list[HashArray], int]:
+        """Ask for blocks that may be of several sequences, as many as a prefetch may bring; any thread.
 
         Parameters
         ----------
         hashes : (num_blocks, 2) uint64
         then : callable
-            Told, without a lock, of those that are there and were not known to be.
+            Told once of each part, without a lock: which blocks were asked for, and those of them that are there; none
+            where there was no answer.
+        is_wanted : callable
+            Whether anybody waits still; takes no lock.
+        until : float
+            Moment after which nobody waits.
+
+        Returns
+        -------
+        parts : list of (num_blocks, 2) uint64
+            That will be asked for.
+        num_left : int
+            Blocks that will not be, because enough are.
         """
         (unknown,) = (self.pool.lookup(hashes) < 0).nonzero()
         missing = hashes.take(unknown[: self._limits.prefetch_blocks], axis=0)
-        for first in range(0, len(missing), self._limits.job_blocks):
-            part = missing[first : first + self._limits.job_blocks]
-            self._wanted.append(_Wish(part, np.zeros_like(part), then))
+        size = self._limits.job_blocks
+        with self._choosing:
+            room = max(0, _REQUESTS - len(self._asked))
+            parts = [missing[first : first + size] for first in range(0, len(missing), size)][:room]
+            self._asked.extend(_Wish(part, np.zeros_like(part), until, then, is_wanted) for part in parts)
+        return parts, len(unknown) - sum([len(part) for part in parts])
+
+    def next_look(self) -> float | None:
+        """When to step again, if nothing happens before."""
+        if self._is_asking:
+            return None
+        return max(self._known.looks_at, self._away_until) if not self._asked else self._away_until
 
     def step(self) -> bool:
-        """Ask for what is wanted and not known, one job at a time; return whether a job was sent."""
+        """Ask for what is wanted and not known, one job at a time; return whether there is more to do at once."""
+        self._drop_unwanted()
         with self._choosing:
-            if self._is_asking or not self._wanted or self.is_away:
+            has_work = self._wanted or self._asked or self._known.is_due
+            if self._is_asking or not has_work or self.is_away:
                 return False
             self._is_asking = True
+        question = _Question()
         try:
-            is_sent = self._ask_for_what_is_wanted()
+            self._choose(question)
+            if question.found:
+                self._send(question)
+                return True
         except BaseException:
+            with self._choosing:
+                self._asked.extendleft(reversed([wish for wish, _ in question.wishes]))
             self._is_asking = False
             raise
-        if not is_sent:
-            self._is_asking = False
-        return is_sent
+        self._is_asking = False
+        return bool(self._wanted or self._asked or self._known.is_due)
 
-    def _ask_for_what_is_wanted(self) -> bool:
-        found: dict[bytes, tuple[HashArray, HashArray]] = {}
-        asking: list[tuple[_Wish, list[bytes]]] = []
-        known: list[tuple[_Wish, set[bytes]]] = []  # since they were wished for: by another's question
+    def _drop_unwanted(self) -> None:
+        """Answer wishes that nobody has any more."""
         now = self._clock()
-        while self._wanted and len(found) < self._limits.job_blocks * _WISHES_AT_ONCE:
-            wish = self._wanted.popleft()
+        with self._choosing:
+            dropped = [wish for wish in self._asked if now >= wish.until or not wish.is_wanted()]
+            if not dropped:
+                return
+            gone = set(map(id, dropped))
+            self._asked = deque(wish for wish in self._asked if id(wish) not in gone)
+        for wish in dropped:
+            _tell(wish, set())
+
+    def _choose(self, question: _Question) -> None:
+        """Take as many wishes as one job answers, and rows that are to be asked for again where there is room."""
+        now, found = self._clock(), question.found
+        max_blocks = self._limits.job_blocks * _WISHES_AT_ONCE
+        while len(found) < max_blocks and (wish := self._next_wish()) is not None:
             (unknown,) = (self.pool.lookup(wish.hashes) < 0).nonzero()
             keys = keys_of(wish.hashes.take(unknown, axis=0))
-            if wish.then is not None and len(unknown) < len(wish.hashes):
-                known.append((wish, set(keys_of(wish.hashes)).difference(keys)))
+            if wish.then is not None:
+                known = set(keys_of(wish.hashes)).difference(keys)  # since it was wished for: by another's question
+                if not keys:
+                    _tell(wish, known)
+                    continue
+                question.wishes.append((wish, known))
+            elif now >= wish.until:
+                continue
             for key, i in zip(keys, unknown.tolist(), strict=True):
                 if wish.then is not None or self._absent.get(key, -np.inf) <= now:
                     found.setdefault(key, (wish.hashes[i], wish.parents[i]))
-            if wish.then is not None:
-                asking.append((wish, keys))
-        for wish, there in known:
-            _tell(wish, there)
-        if not found:
-            return False
-        names, above = (np.array(column, dtype=np.uint64) for column in zip(*found.values(), strict=True))
+        if len(found) < max_blocks:
+            old = self._known.take_old(max_blocks - len(found))
+            question.known.update(keys_of(old))
+            zeros = np.zeros(2, dtype=np.uint64)
+            for key, name in zip(keys_of(old), old, strict=True):
+                found[key] = name, zeros
+
+    def _next_wish(self) -> _Wish | None:
+        with self._choosing:
+            if self._asked:
+                return self._asked.popleft()
+            return self._wanted.popleft() if self._wanted else None
+
+    def _send(self, question: _Question) -> None:
+        names, above = (np.array(column, dtype=np.uint64) for column in zip(*question.found.values(), strict=True))
 
         def settle(entry: OpenJob) -> Iterable[After]:
             self._is_asking = False
-            if entry.is_too_late or any(result.is_away for result in entry.results.values()):
+            is_away = any(result.is_away for result in entry.results.values())
+            if is_away and not entry.is_too_late:  # it is asked again, as long as somebody wants to know
+                with self._choosing:
+                    self._asked.extendleft(reversed([wish for wish, _ in question.wishes]))
                 return ()
-            if not entry.reason:
-                self._note_absent(names[~entry.ok])
-            self.learn(names[entry.ok], above[entry.ok])
-            stored = set(keys_of(names[entry.ok]))
-            return [partial(_tell, wish, stored.intersection(keys)) for wish, keys in asking]
+            stored: set[bytes] = set()
+            if not entry.is_too_late:
+                if not entry.reason:
+                    self._note_absent(names[~entry.ok])
+                    self._forget(names[~entry.ok], question.known)
+                self.learn(names[entry.ok], above[entry.ok])
+                stored = set(keys_of(names[entry.ok]))
+            return [partial(_tell, wish, known | stored) for wish, known in question.wishes]
 
         job = ProbeJob(job_id=self._next_id(), tier=self.tier, ids=np.zeros(len(names), dtype=np.int32), hashes=names)
         self._submit([(job, settle)])
-        return True
 
     def list(self) -> None:
         """Ask what the tier holds already, without waiting for it."""
@@ -209,8 +287,17 @@ class Presence:
             if rows is None:  # all rows are in use: it will be asked for again
                 return
             self.pool.register_blocks(rows.complete(names, parents=above)).release()
+            ids = self.pool.lookup(hashes[part])
+            self._known.see(ids[ids >= 0])
             for key in keys_of(names):
                 self._absent.pop(key, None)
+
+    def _forget(self, hashes: HashArray, known: set[bytes]) -> None:
+        """Forget rows that were believed and are not there any more; those in use stay until somebody has read."""
+        is_row = np.array([key in known for key in keys_of(hashes)], dtype=np.bool_)
+        if is_row.any():
+            with contextlib.suppress(PoolClosed):
+                self.pool.reset_blocks(hashes[is_row])
 
     def _note_absent(self, hashes: HashArray) -> None:
         until = self._clock() + self._limits.absent_s
@@ -222,9 +309,7 @@ class Presence:
 
 
 def _tell(wish: _Wish, there: set[bytes]) -> None:
-    if wish.then is not None and there:
-        is_there = [key in there for key in keys_of(wish.hashes)]
-        try:
-            wish.then(wish.hashes[is_there])
-        except PoolClosed:  # nobody waits for it any more
-            return
+    if wish.then is not None:
+        is_there = np.array([key in there for key in keys_of(wish.hashes)], dtype=np.bool_)
+        with contextlib.suppress(PoolClosed):  # nobody waits for it any more
+            wish.then(wish.hashes, wish.hashes[is_there])

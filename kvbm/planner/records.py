@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,10 +22,12 @@ from kvbm.errors import StorageError
 from kvbm.jobs import ForgetJob, InventoryJob, Job, ProbeJob, TouchedJob, Transfer
 from kvbm.planner.inventories import intersect
 from kvbm.planner.ledger import After, OpenJob
+from kvbm.planner.queue import keys_of
 from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
+_NO_NAMES: frozenset[bytes] = frozenset()
 _TOUCH_BATCHES = 4096  # that wait for a slow executor; the oldest are forgotten
 
 
@@ -72,6 +75,7 @@ class RecordKeeper:
         self._clock = clock
         self._touched: dict[Tier, deque[HashArray]] = {tier: deque(maxlen=_TOUCH_BATCHES) for tier in self.tiers}
         self._is_telling: set[Tier] = set()  # tiers whose executor has not answered the last one
+        self._shut_out: dict[Tier, set[bytes]] = {tier: set() for tier in self.tiers}
         self._asked: weakref.WeakSet[Transfer[Any]] = weakref.WeakSet()
 
     def close(self, error: BaseException) -> None:
@@ -118,19 +122,50 @@ class RecordKeeper:
         if tier in self.tiers and len(hashes):
             self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes, ids=ids))
 
+    # What leaves a tier by its time is forgotten by name, wherever older copies of it lie; a copy that was written
+    # meanwhile would be forgotten with them, so from before the pool forgets these names none is on its way.
+
+    def shut_out(self, tier: Tier) -> AbstractSet[bytes]:
+        """Give the names of the blocks that must not be sent to a tier for now; any thread."""
+        return self._shut_out.get(tier, _NO_NAMES)
+
+    def begin_to_forget(self, tier: Tier, hashes: HashArray) -> None:
+        """Let none of these blocks be sent to a tier, until `forget_gone` has done with them."""
+        if tier in self.tiers:
+            self._shut_out[tier].update(keys_of(hashes))
+
+    def forget_gone(self, tier: Tier, hashes: HashArray, is_gone: npt.NDArray[np.bool_]) -> None:
+        """Send that no restart shall find those of these blocks that are gone from the pool, without waiting for it."""
+        if tier not in self.tiers:
+            return
+        shut_out, gone = self._shut_out[tier], hashes[is_gone]
+        shut_out.difference_update(keys_of(hashes[~is_gone]))
+        let_in = partial(shut_out.difference_update, keys_of(gone))
+        if not len(gone):
+            return
+        try:
+            self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=gone), then=let_in)
+        except BaseException:  # ctrl-C, or the planner was closed
+            let_in()
+            raise
+
     def _forget(self, tier: Tier, hashes: HashArray, *, is_all: bool = False) -> None:
         if not len(hashes) and not is_all:
             return
         transfer: Transfer[str] = self._ask()
-        self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes, is_all=is_all), transfer)
+        job = ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes, is_all=is_all)
+        self._send_forget(job, transfer=transfer)
         reason = transfer.result()
         if reason:
             what = "its blocks" if is_all else f"{len(hashes)} blocks"
             text = f"the {tier.value} tier could not forget {what}, a restart may find them: {reason}"
             raise StorageError(errno.EIO, text)
 
-    def _send_forget(self, job: ForgetJob, transfer: Transfer[str] | None = None) -> None:
+    def _send_forget(
+        self, job: ForgetJob, *, transfer: Transfer[str] | None = None, then: Callable[[], object] = lambda: None
+    ) -> None:
         def settle(entry: OpenJob) -> Iterable[After]:
+            then()
             if entry.reason:
                 num_blocks = len(job.hashes)
                 _log.warning("forget failed tier=%s num_blocks=%d reason=%s", job.tier.value, num_blocks, entry.reason)

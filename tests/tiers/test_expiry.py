@@ -14,7 +14,7 @@ from tier_site import PATIENCE_S, Site, names
 
 from kvbm._backend import Backend
 from kvbm.errors import ConfigError
-from kvbm.jobs import ForgetJob
+from kvbm.jobs import CopyJob, ForgetJob
 from kvbm.planner import expiry
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier
 
@@ -172,7 +172,54 @@ def test_recording_tier_is_told_so_that_no_restart_finds_the_block(backend: Back
     told = [job for job in tiers.jobs if isinstance(job, ForgetJob)]
     assert [job.tier for job in told] == [Tier.DISK]
     assert sorted(told[0].hashes.tolist()) == chain(3).tolist()
+    assert told[0].ids is None, "by name: an older copy may lie in a slot that nobody took again"
     tiers.close()
+
+
+def test_block_is_not_written_anew_while_its_name_is_being_forgotten(backend: Backend) -> None:
+    tiers = SteppedTiers(backend, {"device": 8, "disk": 8}, ttls_s={Tier.DISK: TTL_S}, recording=(Tier.DISK,))
+    tiers.put("disk", chain(2))
+    tiers.clock.advance(TTL_S + LATE_S)
+    while tiers.planner.pump():
+        pass
+    assert tiers.lies("disk", chain(2)) == [False, False]
+    tiers.put("device", chain(3))
+    while tiers.planner.pump():
+        pass
+    (job,) = [job for job in tiers.channel.waiting if isinstance(job, CopyJob)]
+    assert job.hashes.tolist() == chain(3)[2:].tolist()
+    assert tiers.planner.statistics().route(Tier.DEVICE, Tier.DISK).dropped["expiring"] == 2
+    tiers.settle()  # the forgetting is answered
+    tiers.pools["device"].reset()
+    tiers.put("device", chain(3))
+    tiers.settle()
+    assert tiers.lies("disk", chain(3)) == [True] * 3
+    tiers.close()
+
+
+def test_older_copy_of_a_block_that_left_is_not_found_by_a_restart(make_tiers: Site) -> None:
+    settings = {"disk": {"path": str(make_tiers.directory / "slab"), "ttl": "100s"}}
+    tiers = make_tiers(device=8, disk=8, settings=settings)
+    hashes = names(2)
+    tiers.put_below(hashes, "disk")
+    pool, storage = tiers.pool("disk"), tiers.manager.storage("disk")
+    blocks = pool.match_sequence_hashes(hashes)
+    pool.discard_blocks(blocks)  # as after a read that failed: the record stays, the slot is free
+    blocks.release()
+    tiers.manager.reset_pool("device")
+    tiers.put_below(hashes, "disk")
+    _, live, _, _ = storage.inventory()
+    assert len(live) == 2
+    expiry = tiers.manager._planner._expiry
+    now = expiry._clock() + 300
+    expiry._clock = lambda: now
+    while expiry.step():
+        pass
+    tiers.settle()
+    assert tiers.lies("disk", hashes) == [False] * 2
+    tiers.manager.close()
+    again = make_tiers(device=8, disk=8, settings=settings)
+    assert again.lies("disk", hashes) == [False] * 2
 
 
 def test_restored_blocks_have_their_whole_time(backend: Backend) -> None:
@@ -191,6 +238,22 @@ def test_restored_blocks_have_their_whole_time(backend: Backend) -> None:
 def test_time_that_is_none_is_refused(backend: Backend, ttl_s: float) -> None:
     with pytest.raises(ConfigError, match="ttl of tier 'host' is"):
         SteppedTiers(backend, {"host": 4}, ttls_s={Tier.HOST: ttl_s})
+
+
+@pytest.mark.parametrize("late_s", [50 * 86400.0, 4e8])
+def test_blocks_leave_in_their_time_however_long_the_manager_lives(backend: Backend, late_s: float) -> None:
+    tiers = make(backend, "host")
+    tiers.put("host", chain(3)[2:])
+    held = tiers.pools["host"].match_sequence_hashes(chain(3)[2:])
+    tiers.clock.advance(late_s * TTL_S)  # ticks are a part of the limit
+    tiers.settle()
+    tiers.put("host", chain(2))
+    pass_time(tiers, TTL_S * 0.9)
+    assert tiers.lies("host", chain(3)) == [True] * 3
+    held.release()
+    pass_time(tiers, TTL_S * 0.1 + LATE_S)
+    assert tiers.lies("host", chain(3)) == [False, False, True]
+    tiers.close()
 
 
 STEPS = st.lists(

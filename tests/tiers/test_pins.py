@@ -251,3 +251,20 @@ def test_manager_pins_and_unpins_by_hash(make_tiers: Site) -> None:
         tiers.manager.reset_all()
     assert tiers.manager.unpin(hashes) == 2
     assert tiers.manager.reset_all() == 4
+
+
+def test_pins_that_were_let_go_of_take_no_room_behind_one_that_is_not_over(tiers: SteppedTiers) -> None:
+    tiers.put("device", chain(2))
+    pins = tiers.planner.pins
+    pins.pin(chain(1), 10.0)
+    for i in range(100):
+        pins.pin(chain(2)[1:], 20.0)
+        if i % 2:
+            pins.pin(chain(2)[1:], 30.0)  # longer: pinned anew
+        tiers.planner.seconds_to_deadline()
+        pins.unpin(chain(2)[1:])
+        assert len(pins._ends) < 8
+    assert tiers.planner.seconds_to_deadline() == 10.0
+    tiers.advance(10)
+    assert (len(pins), pins._num_dead, len(pins._ends)) == (0, 0, 0)
+    tiers.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +13,10 @@ from toy_store import Objects, ToyStore
 
 from kvbm._backend import Backend
 from kvbm.config import Config
-from kvbm.errors import StorageError
+from kvbm.errors import PoolClosed, StorageError
+from kvbm.jobs import CopyJob
 from kvbm.manager import BlockManager
+from kvbm.planner import Prefetch
 from kvbm.types import Tier
 
 
@@ -40,6 +43,11 @@ class Remote(Tiers):
         self.manager._planner.pump()
         self.wait_until(lambda: not (self.presence._wanted or self.presence._is_asking))
 
+    def settle_copies(self) -> None:
+        """Wait until no copy is under way."""
+        ledger = self.manager._planner._ledger
+        self.wait_until(lambda: not any(isinstance(entry.job, CopyJob) for entry in ledger._open.values()))
+
 
 @pytest.fixture
 def objects() -> Objects:
@@ -50,7 +58,7 @@ def objects() -> Objects:
 def make_remote(backend: Backend, objects: Objects) -> Iterator[Callable[..., Remote]]:
     made: list[Remote] = []
 
-    def make(*, device: int = 8, host: int = 8, rows: int = 64, **remote: Any) -> Remote:
+    def make(*, device: int = 8, host: int = 8, rows: int = 64, is_listed: bool = True, **remote: Any) -> Remote:
         tree: dict[str, Any] = {"model": {**MODEL, "fingerprint": "toy"}, "device": {"num_blocks": device}}
         if host:
             tree["host"] = {"num_blocks": host}
@@ -58,7 +66,8 @@ def make_remote(backend: Backend, objects: Objects) -> Iterator[Callable[..., Re
         store = ToyStore(disk_layout(rows), objects)
         manager = BlockManager(Config.from_dict(tree), backend=backend, storages={Tier.REMOTE: store})
         made.append(Remote(manager, store))
-        made[-1].wait_until(lambda: not manager._planner.num_open_jobs)  # the listing
+        if is_listed:
+            made[-1].wait_until(lambda: not manager._planner.num_open_jobs)
         return made[-1]
 
     yield make
@@ -254,12 +263,108 @@ def test_block_that_nobody_uses_leaves_the_view_and_not_the_store(
     assert len(objects) == 3
 
 
+def counts(prefetch: Prefetch) -> tuple[int, int, int, int]:
+    return prefetch.accepted, prefetch.asked, prefetch.clipped, prefetch.rejected
+
+
 def test_prefetch_asks_the_store_and_brings_what_it_has(make_remote: Callable[..., Remote]) -> None:
+    one, other = make_remote(), make_remote(host=32)
+    hashes, absent = names(6), names(2)
+    one.put_below(hashes, "remote")
+    other.put_below(absent[:1], "host")
+    other.store.gate.clear()
+    prefetch = other.manager.prefetch(np.concatenate([absent, hashes, hashes[:1]]))
+    assert counts(prefetch) == (0, 7, 0, 2)
+    assert "asked=7" in repr(prefetch)
+    assert not prefetch.done()
+    other.store.gate.set()
+    assert prefetch.result(PATIENCE_S) == 6
+    assert counts(prefetch) == (6, 0, 0, 3)
+    assert all(other.lies("host", hashes))
+    assert other.manager.statistics().prefetched == {"accepted": 6, "clipped": 0, "rejected": 3, "arrived": 6}
+    again = other.manager.prefetch(hashes)
+    assert (again.accepted, again.rejected) == (0, 6), "they are where they shall be"
+
+
+def test_prefetch_brings_what_is_known_while_it_asks_for_the_rest(make_remote: Callable[..., Remote]) -> None:
     one, other = make_remote(), make_remote(host=32)
     hashes = names(6)
     one.put_below(hashes, "remote")
-    prefetch = other.manager.prefetch(np.concatenate([names(2), hashes]))
-    assert (prefetch.accepted, prefetch.rejected, prefetch.result(PATIENCE_S)) == (0, 8, 0)
-    other.wait_until(lambda: all(other.lies("host", hashes)))
-    again = other.manager.prefetch(hashes)
-    assert (again.accepted, again.rejected) == (0, 6), "they are where they shall be"
+    with other.manager._planner._locked():
+        other.presence.learn(hashes[::2], np.zeros((3, 2), dtype=np.uint64))
+    other.store.gate.clear()
+    prefetch = other.manager.prefetch(hashes)
+    assert counts(prefetch) == (3, 3, 0, 0)
+    other.wait_until(lambda: all(other.lies("host", hashes[::2])))
+    other.settle_copies()
+    assert not prefetch.done()
+    other.store.gate.set()
+    assert prefetch.result(PATIENCE_S) == 6
+    assert other.num_hit(hashes) == 6
+
+
+def test_cancelled_prefetch_brings_nothing_that_the_store_turns_out_to_have(
+    make_remote: Callable[..., Remote],
+) -> None:
+    one, other = make_remote(), make_remote(host=32)
+    hashes = names(6)
+    one.put_below(hashes, "remote")
+    other.store.gate.clear()
+    prefetch = other.manager.prefetch(hashes)
+    other.manager._planner.pump()
+    assert prefetch.cancel()
+    assert not prefetch.is_draining, "nothing moves"
+    other.store.gate.set()
+    other.wait_for_probes()
+    assert other.lies("remote", hashes) == [True] * 6, "what was learned is kept"
+    assert other.lies("host", hashes) == [False] * 6
+    assert not other.manager._planner.loader.loading()
+
+
+def test_prefetch_ends_at_its_deadline_although_the_store_does_not_answer(make_remote: Callable[..., Remote]) -> None:
+    tiers = make_remote(away_s=3600.0)
+    tiers.store.is_away = True
+    tiers.manager.match_sequence_hashes(names(1)).release()
+    tiers.wait_for_probes()
+    assert tiers.presence.is_away
+    prefetch = tiers.manager.prefetch(names(3), timeout=0.05)
+    assert counts(prefetch) == (0, 3, 0, 0)
+    assert prefetch.result(PATIENCE_S) == 0
+    tiers.manager._planner.pump()
+    assert not tiers.presence._asked, "nobody wishes for it any more"
+    assert not tiers.manager._planner.loader.loading()
+
+
+def test_close_ends_a_prefetch_that_the_store_has_not_answered(make_remote: Callable[..., Remote]) -> None:
+    one, other = make_remote(), make_remote(host=32)
+    hashes = names(4)
+    one.put_below(hashes, "remote")
+    with other.manager._planner._locked():
+        other.presence.learn(hashes[:1], np.zeros((1, 2), dtype=np.uint64))
+    other.store.gate.clear()
+    prefetch = other.manager.prefetch(hashes)
+    other.settle_copies()
+    other.manager.close(0.01)
+    with pytest.raises(PoolClosed):
+        prefetch.result(PATIENCE_S)
+    other.store.gate.set()
+
+
+def test_nothing_waits_behind_a_listing(make_remote: Callable[..., Remote], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make_remote()
+    hashes = names(3)
+    one.put_below(hashes, "remote")
+    may_end = threading.Event()
+    inventory = ToyStore.inventory
+
+    def slow(store: ToyStore) -> Any:
+        assert may_end.wait(PATIENCE_S)
+        return inventory(store)
+
+    monkeypatch.setattr(ToyStore, "inventory", slow)
+    other = make_remote(is_listed=False)
+    other.manager.match_sequence_hashes(hashes).release()
+    other.wait_for_probes()
+    assert other.num_hit(hashes) == 3
+    other.manager.reset_blocks("remote", hashes[:1])
+    may_end.set()

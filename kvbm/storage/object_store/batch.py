@@ -52,6 +52,8 @@ class Batch:
         self.rows = rows.tolist()
         self.checksums = None if checksums is None else checksums.tolist()
         self.is_good = np.zeros(len(self.rows), dtype=np.bool_)
+        self.read_checksums = np.zeros(len(self.rows), dtype=np.uint64)  # of a read
+        self.has_checksum = np.zeros(len(self.rows), dtype=np.bool_)
         self.is_over = False  # no byte goes into a row any more, no block is begun any more
         self.num_begun = 0
         self.num_left = len(self.rows)  # not ended yet
@@ -83,8 +85,8 @@ class Batch:
         """Call a block that was read good, and keep its checksum; False when the transfer is over."""
         with self._gate:
             if not self.is_over:
-                checksums[self.ids[i]] = value or 0
-                has_checksum[self.ids[i]] = value is not None
+                checksums[self.ids[i]] = self.read_checksums[i] = value or 0
+                has_checksum[self.ids[i]] = self.has_checksum[i] = value is not None
                 self.is_good[i] = True
             return not self.is_over
 
@@ -95,10 +97,18 @@ class Batch:
 
 
 class ObjectTransfer(MaskTransfer):
-    """A transfer whose rows do not change any more once it was cancelled."""
+    """A transfer whose rows do not change any more once it was cancelled.
+
+    Attributes
+    ----------
+    checksums, has_checksum : (num_blocks,) uint64 and (num_blocks,) bool
+        Of a read: what came with the bytes of each block. Unlike those that the storage keeps by id, they are this
+        read's own: two reads of one id may find an object, and what replaced it meanwhile.
+    """
 
     def __init__(self, batch: Batch) -> None:
         super().__init__()
+        self.checksums, self.has_checksum = batch.read_checksums, batch.has_checksum
         self._batch = weakref.ref(batch)  # whoever keeps a transfer does not keep the memory
 
     def cancel(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,10 +15,16 @@ import numpy.typing as npt
 from kvbm.errors import StorageError
 from kvbm.storage.object_store.batch import Batch, Lease
 from kvbm.storage.object_store.client import Fetched, ObjectClient
-from kvbm.storage.object_store.format import HEADER_NBYTES, GarbageError, ObjectHeader, check_header
+from kvbm.storage.object_store.format import HEADER_NBYTES, ForeignError, GarbageError, ObjectHeader, check_header
 from kvbm.storage.object_store.requests import ObjectCounters, Requests
 
 _log = logging.getLogger("kvbm.storage.object_store")
+
+_GARBAGE = 1 << 16  # paths that are remembered; the oldest are forgotten
+
+
+class ReplacedError(GarbageError):
+    """The parts that were read are not of one object; what lies there now may be good."""
 
 
 class BlockMover:
@@ -58,6 +66,8 @@ class BlockMover:
         self._checksums = checksums
         self._has_checksum = has_checksum
         self._uploads: dict[str, set[asyncio.Future[None]]] = {}  # under way, by path
+        self._garbage: OrderedDict[str, None] = OrderedDict()  # paths of what is no block and may be there still
+        self._deletions: dict[str, asyncio.Task[None]] = {}  # of garbage, under way, by path
 
     @property
     def counters(self) -> ObjectCounters:
@@ -82,10 +92,15 @@ class BlockMover:
                 await self._upload(batch, i)
         except FileNotFoundError:
             self.counters.num_misses += 1
+        except ReplacedError as error:
+            self.counters.num_misses += 1
+            _log.debug("block did not move path=%s reason=%s", self.path_of(batch.hash_of(i)), error)
         except GarbageError as error:
             self.counters.num_garbage += 1
             level = logging.DEBUG if self.counters.num_garbage > 1 else logging.WARNING
-            _log.log(level, "object is garbage path=%s reason=%s", self.path_of(batch.hash_of(i)), error)
+            path = self.path_of(batch.hash_of(i))
+            _log.log(level, "object is garbage path=%s reason=%s", path, error)
+            self._remove_garbage(path, is_foreign=isinstance(error, ForeignError))
         except StorageError as error:
             _log.debug("block did not move path=%s reason=%s", self.path_of(batch.hash_of(i)), error)
 
@@ -95,12 +110,38 @@ class BlockMover:
         if futures := [future for futures in chosen.values() for future in futures]:
             await asyncio.wait(futures)
 
+    def is_garbage(self, path: str) -> bool:
+        """Whether what lies there was found to be no block, and is there still as far as we know."""
+        return path in self._garbage
+
     # -- private -----------------------------------------------------------------------------------------------
+
+    def _remove_garbage(self, path: str, *, is_foreign: bool) -> None:
+        """Delete what is no block, or at least let nobody here find it again; nobody waits for that."""
+        self._garbage[path] = None
+        if len(self._garbage) > _GARBAGE:
+            self._garbage.popitem(last=False)
+        if is_foreign or path in self._deletions:  # another release reads it
+            return
+        deletion = self._deletions[path] = asyncio.ensure_future(self._delete(path))
+        deletion.add_done_callback(lambda _: self._deletions.pop(path, None))
+
+    async def _delete(self, path: str) -> None:
+        try:
+            await self.uploads_ended([path])
+            if path in self._garbage:  # nobody has replaced it meanwhile
+                with contextlib.suppress(FileNotFoundError):
+                    await self._requests.send("delete", lambda: self._client.delete([path]))
+                self._garbage.pop(path, None)
+        except StorageError as error:
+            _log.debug("garbage stays path=%s reason=%s", path, error)
 
     async def _upload(self, batch: Batch, i: int) -> None:
         checksum = None if batch.checksums is None else batch.checksums[i]
         name = batch.hash_of(i)
         path, header = self.path_of(name), ObjectHeader(name, self._block_nbytes, checksum).encode()
+        if deletion := self._deletions.get(path):  # it must not come after the upload
+            await asyncio.wait([deletion])
         loop = asyncio.get_running_loop()
         lease = Lease(loop, batch.memory[batch.rows[i], : self._block_nbytes])
         upload: asyncio.Future[None] = loop.create_future()
@@ -122,6 +163,7 @@ class BlockMover:
                 del self._uploads[path]
             await lease.ended()
         if is_done:
+            self._garbage.pop(path, None)
             batch.is_good[i] = True
             self.counters.num_writes += 1
             self.counters.written_nbytes += self._block_nbytes
@@ -163,7 +205,7 @@ class BlockMover:
 
         await run_together(fetch, min(self._parts_at_once, len(bounds)))
         if len(versions) > 1:
-            raise GarbageError("it was replaced while its parts were read")
+            raise ReplacedError("it was replaced while its parts were read")
         return checksums[0], is_there
 
     async def _fetch(self, batch: Batch, path: str, begin: int, end: int) -> Fetched:

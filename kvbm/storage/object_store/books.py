@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from kvbm.storage.object_store.requests import Requests, TimeLimit, TimeLimitRea
 _log = logging.getLogger("kvbm.storage.object_store")
 
 _DELETE_CHUNK = 1000  # S3 takes as many in one request
+_MAX_LISTINGS = 5  # that are begun, where one breaks off
 
 
 class ObjectBooks:
@@ -55,7 +56,7 @@ class ObjectBooks:
                 path = self._mover.path_of(names[i])
                 with contextlib.suppress(FileNotFoundError, GarbageError, StorageError):
                     nbytes = await self._requests.send("head", lambda path=path: self._client.size(path))  # type: ignore[misc]
-                    is_there[i] = nbytes == self._mover.object_nbytes
+                    is_there[i] = nbytes == self._mover.object_nbytes and not self._mover.is_garbage(path)
 
         with contextlib.suppress(TimeLimitReached), TimeLimit(timeout_s):
             await run_together(look_at_some, min(self._max_requests, len(names)))
@@ -90,15 +91,19 @@ class ObjectBooks:
 
     async def inventory(self, max_blocks: int, timeout_s: float) -> list[bytes]:
         """List blocks, oldest first: at most that many, and those that came within the time."""
-        found: list[Found] = []
+        found: dict[str, Found] = {}
 
         def is_block(entry: Found) -> bool:
-            return entry.nbytes == self._mover.object_nbytes and hash_in(entry.path) is not None
+            is_whole = entry.nbytes == self._mover.object_nbytes and hash_in(entry.path) is not None
+            return is_whole and not self._mover.is_garbage(entry.path)
 
-        with contextlib.suppress(StorageError):
-            await self._list(max_blocks, timeout_s=timeout_s, is_wanted=is_block, into=found)
-        found.sort(key=lambda entry: entry.modified)
-        return [name for entry in found if (name := hash_in(entry.path)) is not None]
+        try:
+            with TimeLimit(timeout_s):
+                await self._list(max_blocks, is_wanted=is_block, into=found)
+        except (StorageError, TimeLimitReached) as error:
+            _log.warning("listing ended early root=%s num_objects=%d reason=%s", self._root, len(found), error)
+        oldest_first = sorted(found.values(), key=lambda entry: entry.modified)
+        return [name for entry in oldest_first if (name := hash_in(entry.path)) is not None]
 
     # -- private -----------------------------------------------------------------------------------------------
 
@@ -124,25 +129,42 @@ class ObjectBooks:
         self,
         max_objects: int,
         *,
-        timeout_s: float | None = None,
         is_wanted: Callable[[Found], bool] = lambda _: True,
-        into: list[Found] | None = None,
+        into: dict[str, Found] | None = None,
     ) -> list[Found]:
-        """List up to so many objects; what came before a failure is in `into`."""
-        found: list[Found] = [] if into is None else into
+        """List up to so many objects; what came before a failure, or the end of the caller's time, is in `into`.
 
-        async def list_once() -> None:
-            found.clear()  # another attempt begins anew
-            stream = self._client.list(self._root)
-            async for chunk in stream:
-                found.extend(entry for entry in chunk if is_wanted(entry))
-                if len(found) >= max_objects:
-                    break
+        Each page is a request, with a request's time: a long listing is no failure of the store, a page that does not
+        come is. A listing that breaks off is begun anew.
+        """
+        found: dict[str, Found] = {} if into is None else into
+        pages: AsyncIterator[list[Found]] | None = None
+        num_begun = 0
+
+        async def next_page() -> list[Found] | None:
+            nonlocal pages, num_begun
+            if pages is None:
+                if num_begun == _MAX_LISTINGS:
+                    raise StorageError(f"the listing broke off {num_begun} times")
+                num_begun += 1
+                pages = self._client.list(self._root)
+            try:
+                return await pages.__anext__()
+            except StopAsyncIteration:
+                return None
+            except BaseException:
+                pages = None
+                raise
 
         with contextlib.suppress(FileNotFoundError):  # a folder that nobody wrote to
-            await self._requests.send("list", list_once, timeout_s=timeout_s)
-        del found[max_objects:]
-        return found
+            while len(found) < max_objects:
+                page = await self._requests.send("list", next_page)
+                if page is None:
+                    break
+                for entry in page:
+                    if len(found) < max_objects and is_wanted(entry):
+                        found[entry.path] = entry
+        return list(found.values())
 
 
 @contextlib.contextmanager

@@ -112,7 +112,9 @@ class ObjectEngine:
             return
         self._thread.join(None if give_up is None else max(0.1, give_up - time.monotonic()))
         if self._thread.is_alive():
-            raise TransferTimeout(f"the thread of the object store still runs after {timeout} s")
+            raise TransferTimeout(
+                f"the thread of the object store still runs after {timeout} s: the client holds on to rows of memory"
+            )
 
     def stop(self) -> None:
         """Ask the thread to leave at once; takes no lock, for finalisers."""
@@ -152,6 +154,9 @@ class ObjectEngine:
                 loop.run_until_complete(asyncio.wait(tasks, timeout=_GRACE_S))
             for batch in list(self._open):
                 self._finish(batch)
+            # Whoever waits for rows that a client still reads must hear of their end, so the loop outlives them.
+            while (lent := [task for task in self._workers if not task.done()]) and not self._is_exiting:
+                loop.run_until_complete(asyncio.wait(lent))
             loop.close()
             if not self._is_exiting:
                 atexit.unregister(self._leave_at_exit)

@@ -42,6 +42,10 @@ class GarbageError(KvbmError, ValueError):
     """What lies under a key is not the block that belongs there."""
 
 
+class ForeignError(GarbageError):
+    """It is an object of another release, which may read it."""
+
+
 @dataclass(frozen=True)
 class ObjectHeader:
     """What an object says of the block that follows.
@@ -90,7 +94,7 @@ class ObjectHeader:
         if _CRC.unpack_from(head, _FIELDS.size)[0] != zlib.crc32(head[: _FIELDS.size]):
             raise GarbageError("its header does not match the header's CRC")
         if version != VERSION:
-            raise GarbageError(f"it has version {version}, this release reads version {VERSION}")
+            raise ForeignError(f"it has version {version}, this release reads version {VERSION}")
         has_checksum = flags == _HAS_CHECKSUM
         if flags & ~_HAS_CHECKSUM or zeros != _ZEROS or (checksum and not has_checksum):
             raise GarbageError("its header has a value where version 1 has none")
