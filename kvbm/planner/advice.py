@@ -105,16 +105,26 @@ class Advisor:
         Blocks of one job.
     clock : callable
         Gives seconds; monotonic.
+    foreign : Tier, optional
+        An engine's memory above the top tier: every block is copied on to there.
     """
 
     def __init__(
-        self, estimates: Estimates, loader: Loader, *, top: Tier, job_blocks: int, clock: Callable[[], float]
+        self,
+        estimates: Estimates,
+        loader: Loader,
+        *,
+        top: Tier,
+        job_blocks: int,
+        clock: Callable[[], float],
+        foreign: Tier | None = None,
     ) -> None:
         self._estimates = estimates
         self._loader = loader
         self._top = top
         self._job_blocks = job_blocks
         self._clock = clock
+        self._foreign = foreign
         self._declined: dict[Tier, _Declined] = {}
 
     def advise(self, hit: Hit, prefill_tokens_per_s: float, *, block_tokens: int, block_nbytes: int) -> Advice:
@@ -146,6 +156,10 @@ class Advisor:
             wait_s = self._wait_s(estimate, *queued.get(tier, (0, 0.0)), block_nbytes)
             queue_s += (counts > 0) * wait_s
             load_s += num_jobs * estimate.latency_s + counts * (block_nbytes / estimate.bytes_per_s)
+        if self._foreign is not None:
+            estimate, counts = self._estimates.route(self._top, self._foreign), np.arange(num_blocks + 1)
+            load_s += -(-counts // self._job_blocks) * estimate.latency_s
+            load_s += counts * (block_nbytes / estimate.bytes_per_s)
         total_s = load_s + queue_s + (num_blocks - np.arange(num_blocks + 1)) * block_s
         best = num_blocks - int(np.argmin(total_s[::-1]))  # of equal cuts the one that loads most
         left = [(tiers[index], (where == index) & (np.arange(num_blocks) >= best)) for index in range(len(tiers))]

@@ -171,6 +171,8 @@ class Estimates:
 
     def _key_of(self, source: Tier, destination: Tier) -> tuple[tuple[Tier, Tier], Tier]:
         """Give the name under which a route stands, and the tier whose default it begins with: the lower one."""
+        if _ORDER[destination] < _ORDER[self._top]:  # into an engine's memory
+            return (source, destination), source
         if _ORDER[destination] < _ORDER[source]:
             return (source, self._top), source
         return (source, destination), destination

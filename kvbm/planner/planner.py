@@ -27,15 +27,16 @@ from kvbm.planner.advice import Advisor
 from kvbm.planner.complaints import Complaints
 from kvbm.planner.counters import PlannerStatistics
 from kvbm.planner.dispatch import Dispatcher, Settle, Unsent, run_all
+from kvbm.planner.emit import Emitter
 from kvbm.planner.estimates import Estimates
 from kvbm.planner.expiry import Expiry
 from kvbm.planner.flush import Flusher
+from kvbm.planner.foreign import ForeignTier
 from kvbm.planner.hit import Hit, find_hit, find_sources, first_true
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
 from kvbm.planner.lineage import Lineages
 from kvbm.planner.loading import Loader
-from kvbm.planner.offload import OffloadRoute
 from kvbm.planner.pins import Pins
 from kvbm.planner.policies import OffloadPolicy
 from kvbm.planner.prefetch import Prefetch
@@ -48,7 +49,6 @@ from kvbm.pool import BlockPool
 from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
-_PAUSE_S = 2e-5  # after each offload job, so that a request that waits for the interpreter gets it
 
 
 class Planner:
@@ -68,9 +68,15 @@ class Planner:
         Tiers without slots, whose pool is what is known of them; see `Presence`.
     ttls_s : mapping of Tier to float, optional
         Seconds after which a block that nobody uses leaves a tier; a tier that is not named keeps its blocks.
+    foreign_tier : Tier, optional
+        Memory above the top pool whose slots an engine owns.
     limits : Limits, optional
     clock : callable
         Gives seconds; monotonic.
+
+    Attributes
+    ----------
+    foreign : ForeignTier or None
     """
 
     def __init__(
@@ -82,11 +88,13 @@ class Planner:
         recording_tiers: Iterable[Tier] = (),
         keyed_tiers: Iterable[Tier] = (),
         ttls_s: Mapping[Tier, float] | None = None,
+        foreign_tier: Tier | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if len(pools) > 1 and not channels:
-            raise ConfigError(f"a planner over {len(pools)} tiers needs a channel to each rank's executor, got none")
+        if (len(pools) > 1 or foreign_tier is not None) and not channels:
+            num_tiers = len(pools) + (foreign_tier is not None)
+            raise ConfigError(f"a planner over {num_tiers} tiers needs a channel to each rank's executor, got none")
         self.pools = tuple(pools)
         self.limits = limits or Limits()
         self._clock = clock
@@ -138,11 +146,27 @@ class Planner:
         presence = next(iter(self.presences), None)
         self.loader = Loader(self._usable_pools, dispatcher=self._dispatcher, presence=presence, **moving, **shared)
         self.advisor = Advisor(
-            self.estimates, self.loader, top=pools[0].tier, job_blocks=self.limits.job_blocks, clock=clock
+            self.estimates,
+            self.loader,
+            top=pools[0].tier,
+            job_blocks=self.limits.job_blocks,
+            clock=clock,
+            foreign=foreign_tier,
         )
+        self.foreign: ForeignTier | None = None
+        if foreign_tier is not None:
+            parts = moving | {"dispatcher": self._dispatcher, "need_open": self._need_open, "clock": clock}
+            self.foreign = ForeignTier(pools[0], tier=foreign_tier, **parts)
         self.pins = Pins(self.pools, share=self.limits.pin_share, locked=self._locked, **shared)
         self._expiry = Expiry(self.pools, ttls_s or {}, statistics=self._statistics, records=self.records, clock=clock)
         self._flusher = Flusher(self._dispatcher, self._routes, pump=self.pump, need_open=self._need_open, clock=clock)
+        self._emitter = Emitter(
+            self._dispatcher,
+            statistics=self._statistics,
+            presences=self.presences,
+            timeout_s=self.limits.offload_timeout_s,
+            is_closed=lambda: self._is_closed,
+        )
         self._dispatcher.start()
 
     def set_wake(self, wake: Callable[[], None]) -> None:
@@ -217,42 +241,18 @@ class Planner:
             self.pins.expire()
             has_news = self._expiry.step()
             touched = self._touches.spread()
-            num_jobs = sum(self._emit(route) for route in self._routes)
+            num_jobs = sum(self._emitter.send(route) for route in self._routes)
             num_jobs += sum(presence.step() for presence in self.presences)
             for route in self._routes:
                 with self._locked():
                     has_news |= route.collect()
-                num_jobs += self._emit(route)
+                num_jobs += self._emitter.send(route)
             tell(self.records, self._routes, touched)
         except PoolClosed:
             if not self._is_closed:
                 raise
             return False
         return has_news or num_jobs > 0
-
-    def _emit(self, route: OffloadRoute) -> int:
-        """Send what a route may send now; give the number of jobs."""
-        num_jobs = 0
-        while True:
-            unsent: Unsent = deque()
-            try:
-                with self._locked():
-                    if self._is_closed:
-                        return num_jobs
-                    if self._statistics.lost_executors:
-                        route.drop_queue("executor_lost")
-                    if any(presence.is_away and presence.pool is route.destination for presence in self.presences):
-                        route.drop_queue("away")
-                    job = route.emit()
-                    if job is None:
-                        return num_jobs
-                    self._dispatcher.open(job, route.settle, self.limits.offload_timeout_s, unsent)
-            except BaseException:
-                self._dispatcher.give_up(unsent)
-                raise
-            self._dispatcher.send(unsent)
-            num_jobs += 1
-            time.sleep(_PAUSE_S)
 
     def seconds_to_deadline(self) -> float | None:
         """How long until the time of an open job or of its waiter is over; None without one."""
@@ -300,6 +300,7 @@ class Planner:
                 route.close()
             error = PoolClosed("the manager was closed while blocks were on their way")
             ends: list[After] = self.loader.end_all(error)
+            ends += self.foreign.end_all(error) if self.foreign is not None else []
             ends.append(partial(self.records.close, error))
             self._changed.notify_all()
         run_all(ends)
