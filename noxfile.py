@@ -19,7 +19,8 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
 OTHER_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-NATIVE_MODULES = ("store", "hashing", "copies", "disk_io")
+NATIVE_MODULES = ("store", "hashing", "copies", "disk_io", "simulated_device")
+HAS_CUDA_MODULE = "import importlib.util as u; print(u.find_spec('kvbm._native.device') is not None)"
 DEMO = ("--device", "500", "--host", "2000", "--disk", "8000", "--sessions", "100")
 TORCH = "torch==2.13.0"
 TEST_TIMEOUT_S = "120"
@@ -100,6 +101,8 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
     session.chdir(session.create_tmp())  # away from the source tree: the extension modules are in the wheel
     modules = [f"kvbm._native.{name}" for name in NATIVE_MODULES]
+    asked = session.run("python", "-c", HAS_CUDA_MODULE, silent=True, log=False)
+    modules += ["kvbm._native.device"] if str(asked).strip() == "True" else []  # there where nvcc was
     allowlist = ROOT / "tests" / "house" / "stubtest_allowlist.txt"
     arguments = ["--allowlist", str(allowlist), "--ignore-unused-allowlist", "--ignore-disjoint-bases"]
     session.run("stubtest", *modules, *arguments, "--mypy-config-file", str(ROOT / "pyproject.toml"))
@@ -174,9 +177,19 @@ def interop(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need a CUDA device."""
+    """Run the tests that need a CUDA device: nox -s gpu; without one they are skipped, and the reason is shown."""
     _install(session, "test")
-    _pytest(session, "-m", "gpu", success_codes=(0, 5))  # 5: there are none yet
+    _pytest(session, "-m", "gpu", "tests/gpu", "tests/device")
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """Run the tests in the real vLLM, on the CPU: nox -s vllm; its first run installs 2.5 GB."""
+    session.install("--no-cache-dir", "--no-deps", "-r", str(ROOT / "tests" / "vllm" / "requirements.txt"))
+    _install(session)
+    session.install("pytest>=8", "pytest-timeout>=2.3")
+    session.run("python", "-c", "import vllm", env={"PYTHONSAFEPATH": "1"})  # tests would skip where it cannot be had
+    _pytest(session, "-m", "vllm", "tests/vllm")
 
 
 if os.environ.get("CI"):

@@ -13,13 +13,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvbm.errors import BackendError, ConfigError
 from kvbm.types import HashArray, IdArray
+
+if TYPE_CHECKING:  # so that those above can name the types without naming the module
+    from kvbm._native.device import Device, Event, Stream
+
+__all__ = ["Backend", "Device", "Event", "Store", "Stream", "default_backend", "load_backend", "load_device_module"]
+
+DEVICE_CHOICES = ("auto", "cuda", "cpu", "simulated")  # of KVBM_DEVICE
 
 _MODULES = ("store", "hashing", "copies")
 
@@ -175,6 +182,46 @@ def load_backend(choice: str = "auto") -> Backend:
 def default_backend() -> Backend:
     """Load the twin that ``KVBM_BACKEND`` names, once for the process."""
     return load_backend(os.environ.get("KVBM_BACKEND", "auto"))
+
+
+def load_device_module(choice: str) -> tuple[ModuleType | None, str]:
+    """Load the module that drives GPUs, or tell in a line why there is none.
+
+    Parameters
+    ----------
+    choice : {"auto", "cuda", "cpu", "simulated"}
+        What ``KVBM_DEVICE`` says; "auto" falls back to none where the module is absent.
+
+    Returns
+    -------
+    module : ModuleType or None
+        ``kvbm._native.device``, or the same compiled against the simulation. Loading it asks no driver.
+    reason : str
+
+    Raises
+    ------
+    ConfigError
+        Another choice.
+    BackendError
+        The module that was asked for is absent, or it is there and cannot be loaded.
+    """
+    if choice not in DEVICE_CHOICES:
+        raise ConfigError(f"device {choice!r} is not known, use {', '.join(DEVICE_CHOICES)} (device.kind, KVBM_DEVICE)")
+    if choice == "cpu":
+        return None, "the CPU was asked for"
+    name = "simulated_device" if choice == "simulated" else "device"
+    try:
+        module = _optional(f"kvbm._native.{name}")
+    except ImportError as error:
+        raise BackendError(
+            f"kvbm's module {name} is there but cannot be loaded ({error}): reinstall it, or set KVBM_DEVICE=cpu"
+        ) from error
+    if module is not None:
+        return module, "the module is present" if choice == "auto" else "asked for"
+    if choice == "auto":
+        return None, "kvbm was built without CUDA"
+    switch = "KVBM_CUDA=ON and nvcc" if choice == "cuda" else "KVBM_SIMULATED_DEVICE=ON"
+    raise BackendError(f"kvbm lacks the module {name}: build it with {switch}, or set KVBM_DEVICE=auto")
 
 
 def _assemble(name: str, reason: str) -> Backend:

@@ -24,6 +24,8 @@ from kvbm.plugins import load_plugin
 from kvbm.pool import BlockPool
 from kvbm.provision import make_storages
 from kvbm.storage.base import Storage
+from kvbm.storage.cuda import CudaStorage
+from kvbm.storage.cuda_views import CudaStorageBytes
 from kvbm.storage.host import HostStorage
 from kvbm.storage.views import StorageBytes
 from kvbm.types import Tier
@@ -179,6 +181,8 @@ def _join(
         storage = storages[tier]
         if isinstance(storage, HostStorage):
             pools[tier].bytes = StorageBytes(storage)
+        elif isinstance(storage, CudaStorage):
+            pools[tier].bytes = CudaStorageBytes(storage)
         _log.info(
             "tier opened worker_id=%s tier=%s num_blocks=%d block_nbytes=%d storage=%s",
             config.runtime.worker_id, tier.value, layout.num_blocks, layout.block_nbytes, type(storage).__name__,

@@ -103,6 +103,38 @@ class CudaError(KvbmError, RuntimeError):
     """A CUDA call failed."""
 
 
+class DeviceError(CudaError):
+    """A call that concerns a device failed, or what it was given is impossible.
+
+    Parameters
+    ----------
+    call : str
+        What was called: ``cudaMalloc``.
+    name, code, text : str, int, str
+        CUDA's name, number and explanation of the error.
+    device : int
+        Number of the device; -1 where the call concerns none.
+    nbytes : int
+        Bytes that the call was about; 0 where that means nothing.
+    """
+
+    def __init__(  # noqa: PLR0917  (as pickling gives them back)
+        self, call: str, name: str, code: int, text: str, device: int = -1, nbytes: int = 0
+    ) -> None:
+        self.call = call
+        self.name = name
+        self.code = code
+        self.text = text
+        self.device = device
+        self.nbytes = nbytes
+        super().__init__(call, name, code, text, device, nbytes)
+
+    def __str__(self) -> str:
+        size = f" of {self.nbytes} bytes" if self.nbytes else ""
+        place = f" on device {self.device}" if self.device >= 0 else ""
+        return f"{self.call}{size}{place} failed: {self.name} ({self.code}), {self.text}"
+
+
 def wrong_state(block_id: int, state: str, needed: str, verb: str) -> BlockStateError:
     """Say that a block cannot be `verb`-ed because of its state."""
     return BlockStateError(f"block {block_id} is {state}, must be {needed} to {verb} it")

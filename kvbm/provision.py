@@ -1,4 +1,4 @@
-"""Makes the bytes of each tier, from a configuration: layout, memory, slab, object store."""
+"""Makes the bytes of each tier, from a configuration: layout, GPU and host memory, slab, object store."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from kvbm._backend import Backend
 from kvbm.config import LAYOUTS, Config, RemoteConfig, TierConfig
 from kvbm.errors import ConfigError
 from kvbm.fingerprint import slab_fingerprint
+from kvbm.gpu import Gpu, find_gpu
 from kvbm.layout import BlockLayout
 from kvbm.plugins import load_plugin
 from kvbm.storage.base import Storage
+from kvbm.storage.cuda import CudaStorage
 from kvbm.storage.device import DeviceStorage
 from kvbm.storage.disk.format import RECORD_NBYTES, RECORDS_AT
 from kvbm.storage.host import HostStorage
@@ -41,11 +43,12 @@ def make_storages(
     """
     made: dict[Tier, Storage] = {}
     try:
+        gpu = _find_gpu(config, given)
         for tier in _TIERS:
             if tier in given:
                 made[tier] = given[tier]
             elif config.tier(tier).is_present:
-                made[tier] = make_storage(config, tier, model=model, backend=backend)
+                made[tier] = make_storage(config, tier, model=model, backend=backend, gpu=gpu)
         _need_memory_on_top(made)
         _need_one_shape(made)
     except BaseException:
@@ -53,6 +56,17 @@ def make_storages(
             storage.close()
         raise
     return made
+
+
+def _find_gpu(config: Config, given: Mapping[Tier, Storage]) -> Gpu | None:
+    """Give the GPU that holds the device tier, None where host memory stands in or there is no such tier."""
+    if Tier.DEVICE in given:
+        storage = given[Tier.DEVICE]
+        return storage.gpu if isinstance(storage, CudaStorage) else None
+    if not config.tier(Tier.DEVICE).is_present:
+        return None
+    kind = config.device.kind
+    return find_gpu(None if kind == "auto" else kind, index=config.device.index)
 
 
 def _make_layout(config: Config, tier: Tier) -> BlockLayout:
@@ -88,7 +102,7 @@ def _lay_out(kind: str, **dimensions: Any) -> BlockLayout:
     return layout
 
 
-def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Backend) -> Storage:
+def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Backend, gpu: Gpu | None = None) -> Storage:
     """Make the storage of one tier.
 
     Parameters
@@ -99,6 +113,8 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
     model : str, optional
         Fingerprint of the model.
     backend : Backend
+    gpu : Gpu, optional
+        Holds the device tier, and has host memory pinned for it; None lets host memory stand in.
 
     Raises
     ------
@@ -149,12 +165,15 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
             listing_timeout_s=config.runtime.offload_timeout_s,
             options=_options_of(config.remote),
         )
+    if tier is Tier.DEVICE and gpu is not None:
+        return CudaStorage(layout, gpu=gpu, buffers=_allocate(section, layout))
     kind = DeviceStorage if tier is Tier.DEVICE else HostStorage
     return kind(
         layout,
         buffers=_allocate(section, layout),
         use_huge_pages=config.host.huge_pages,
         num_threads=config.runtime.copy_threads or 2,
+        gpu=gpu,
         backend=backend,
     )
 

@@ -18,17 +18,20 @@ from rich.table import Table
 
 from kvbm._backend import default_backend
 from kvbm.bench.machine import describe_machine
-from kvbm.errors import StorageError
+from kvbm.errors import KvbmError, StorageError
+from kvbm.gpu import describe_gpu, find_gpu
 from kvbm.layout import BlockLayout
 from kvbm.plugins import PLUGIN_KINDS, plugin_names
 from kvbm.storage.disk import DiskStorage
 from kvbm.storage.disk.calls import DIRECT_NBYTES
+from kvbm.transfer.tuning import load_table
 
 # Optional parts: module, what it is for, and the extra of kvbm-native that installs it ("" where none does).
 _OPTIONAL = (
     ("prometheus_client", "kvbm.metrics", "metrics"),
     ("matplotlib", "kvbm replay --report", "report"),
     ("obstore", "the object store tier", "s3"),
+    ("cuda.bindings", "streams and buffers of cuda-python", "cuda"),
     ("torch", "DLPack exchange of blocks", ""),
     ("xxhash", "tests of the checksum", "test"),
     ("hypothesis", "kvbm.testing", "test"),
@@ -60,16 +63,34 @@ def info(
 def _facts(disk_path: Path | None) -> dict[str, Any]:
     return {
         **describe_machine(),
-        "device": "host memory stands in for the GPU: this version has no CUDA modules",
+        "device": describe_gpu(),
+        **_tuning(),
         "disk": {"io_uring": _io_uring()} if disk_path is None else {"io_uring": _io_uring(), **_try_out(disk_path)},
         "optional_parts": {
-            name: ("installed" if importlib.util.find_spec(name) else "absent")
+            name: ("installed" if _is_installed(name) else "absent")
             + f", for {use} ({f'extra {extra}' if extra else f'pip install {name}'})"
             for name, use, extra in _OPTIONAL
         },
         "plugins": {kind: plugin_names(kind) for kind in PLUGIN_KINDS},
         "limits": {"blocks in a pool": 2**31 - 2, "priority": "0..100", "token": "0..4294967295"},
     }
+
+
+def _is_installed(name: str) -> bool:
+    """Tell whether a module is there; a part of a package that is absent is not."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _tuning() -> dict[str, str]:
+    """Tell which table chooses the way of copying; nothing where there is no GPU."""
+    try:
+        gpu = find_gpu()
+    except KvbmError:  # `device` says why
+        gpu = None
+    return {} if gpu is None else {"copies": f"paths chosen by the table {load_table(gpu).origin}"}
 
 
 def _io_uring() -> str:

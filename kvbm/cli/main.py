@@ -14,6 +14,7 @@ from kvbm.cli.config import config
 from kvbm.cli.disk import app as disk
 from kvbm.cli.info import info
 from kvbm.cli.replay import replay
+from kvbm.cli.tune import tune
 from kvbm.errors import KvbmError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command()(replay)
 app.command()(info)
 app.command()(bench)
 app.command()(config)
+app.command()(tune)
 app.add_typer(disk, name="disk")
 
 

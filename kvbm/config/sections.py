@@ -18,6 +18,7 @@ from kvbm.types import DEFAULT_PRIORITY, MAX_PRIORITY
 
 LAYOUTS = OWN_NAMES["layout"]
 BACKENDS = ("auto", "native", "pure")
+DEVICES = ("auto", "cuda", "cpu", "simulated")
 MAX_BLOCKS = 2**31 - 2  # what a store can number
 
 PositiveInt = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
@@ -161,6 +162,15 @@ class DeviceConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=
 
     section: ClassVar[str] = "device"
 
+    kind: Annotated[
+        str,
+        key(
+            "What holds this tier: a GPU (cuda), host memory in its place (cpu), or the simulated GPU of tests; auto "
+            "asks KVBM_DEVICE, and takes a GPU where there is one.",
+            choices=DEVICES,
+        ),
+    ] = "auto"
+    index: Annotated[NaturalInt, key("Which GPU, as CUDA numbers those that are visible.", "0 or more")] = 0
     gpu_memory_fraction: Annotated[
         Share, key("Share of the GPU's memory to take where neither num_blocks nor size is given.", _SHARE)
     ] = 0.9

@@ -1,4 +1,4 @@
-"""What every copy of an executor needs: the storages, two copy engines, the staging ring, and the clock."""
+"""What every copy of an executor needs: the storages, the copy engines, the staging ring, and the clock."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import numpy.typing as npt
 
 from kvbm._backend import Backend
 from kvbm.errors import ConfigError
+from kvbm.gpu import Gpu
 from kvbm.jobs import CopyJob, Outcome, Transfer
+from kvbm.landing import wait_until_landed
 from kvbm.layout import BlockLayout
 from kvbm.storage.base import Storage
 from kvbm.storage.staging import StagingRing
-from kvbm.transfer import TransferEngine
+from kvbm.transfer import GpuTransferEngine, TransferEngine
 from kvbm.types import HashArray, IdArray, Places, Tier
 
 _log = logging.getLogger("kvbm.executor")
@@ -54,14 +56,18 @@ class CopyMeans:
         self._urgent = TransferEngine(num_threads=copy_threads, small_nbytes=sys.maxsize, backend=backend)
         half = max(1, self._urgent.num_threads // 2)
         self._background = TransferEngine(num_threads=half, small_nbytes=sys.maxsize, backend=backend)
+        gpu = _gpu_of(storages)
+        self._gpu = None if gpu is None else GpuTransferEngine(gpu, host_engine=self._urgent)
         remote = [storage for storage in storages.values() if not storage.capabilities.is_addressable]
         self._staging: StagingRing | None = None
         if remote:
             num_slots = staging_blocks or _num_slots_of(remote[0].layout)
-            self._staging = StagingRing(remote[0].layout, num_slots, backend=backend, clock=clock)
+            self._staging = StagingRing(remote[0].layout, num_slots, gpu=gpu, backend=backend, clock=clock)
 
     def close(self) -> None:
         """Let go of engines and ring."""
+        if self._gpu is not None:
+            self._gpu.close()
         self._urgent.close()
         self._background.close()
         if self._staging is not None:
@@ -112,13 +118,21 @@ class CopyMeans:
     ) -> npt.NDArray[np.bool_]:
         """Copy a part of a job between memories; tell where the source matched its checksum."""
         names = job.hashes[part] if self.verifies else None
-        return self._engine(job).copy(source[0], destination[0], source[1], destination[1], hashes=names).result().good
+        ends = source[0], destination[0], source[1], destination[1]
+        if self._gpu is None or not any(storage.capabilities.is_gpu for storage in ends[:2]):
+            return self._engine(job).copy(*ends, hashes=names).result().good
+        transfer = self._gpu.copy(*ends, hashes=names, is_urgent=job.is_urgent)
+        try:
+            return transfer.result().good
+        finally:  # whoever hears of an interrupt gives the blocks to others
+            wait_until_landed(transfer)
 
     def compute_checksums(
         self, job: CopyJob, storage: Storage, ids: IdArray, hashes: HashArray
     ) -> npt.NDArray[np.uint64]:
         """Compute the checksums of blocks where they lie, with as many threads as the job may have."""
-        return self._engine(job).compute_checksums(storage, ids, hashes)
+        engine = self._gpu if self._gpu is not None and storage.capabilities.is_gpu else self._engine(job)
+        return engine.compute_checksums(storage, ids, hashes)
 
     def disown(self, source: Storage, block_ids: IdArray, hashes: HashArray) -> None:
         """Tell a source which of its blocks are bad; the good ones of a job are as good as ever if that fails."""
@@ -134,6 +148,14 @@ class CopyMeans:
 def judge(good: npt.NDArray[np.bool_]) -> Outcomes:
     """Give the outcomes of blocks that were compared with their checksums."""
     return np.where(good, Outcome.OK, Outcome.CORRUPT).astype(np.uint8)
+
+
+def _gpu_of(storages: Mapping[Tier, Storage]) -> Gpu | None:
+    """Give the GPU on which a tier lies, None where none does."""
+    for storage in storages.values():
+        if isinstance(gpu := getattr(storage, "gpu", None), Gpu) and storage.capabilities.is_gpu:
+            return gpu
+    return None
 
 
 def _num_slots_of(layout: BlockLayout) -> int:

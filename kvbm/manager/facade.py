@@ -274,7 +274,7 @@ class BlockManager(TierVerbs):
 
     def load_kv(self, block: Block, layer: int) -> bytes:
         """Read one layer of a block: outer_dim * page_size * inner_dim elements as bytes."""
-        return block.layer(layer).numpy().tobytes()
+        return block.layer(layer).tobytes()
 
     # -- looking -----------------------------------------------------------------------------------------------
 

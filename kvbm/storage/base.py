@@ -32,6 +32,7 @@ class StorageCapabilities:
 
     is_addressable: bool = False  # its bytes have addresses: `bound` is there
     is_device: bool = False  # it is, or stands in for, GPU memory
+    is_gpu: bool = False  # it is GPU memory: the processor cannot read at its addresses, streams move its bytes
     is_persistent: bool = False  # it outlives the process
     is_keyed: bool = False  # it finds bytes by sequence hash; a block id is only a row of what is known of it
 

@@ -7,7 +7,7 @@ from kvbm.storage.host import HostStorage
 
 
 class DeviceStorage(HostStorage):
-    """Blocks of the device tier (G1), in host memory in this version.
+    """Blocks of the device tier (G1) where there is no GPU; `CudaStorage` holds them where there is one.
 
     An engine writes into it at any time, so a checksum kept for a slot would say nothing.
     """

@@ -1,4 +1,4 @@
-"""Host memory bound to a layout: our own mapping, or buffers that somebody else owns.
+"""Host memory bound to a layout: our own mapping, pinned where there is a GPU, or buffers that somebody else owns.
 
 Our own is touched once by several threads when it is made, because an untouched page costs up to 12 us at the worst
 moment, the first copy. Huge pages are asked for and used where the kernel allows. How a block is cut into pieces is
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from kvbm._backend import Backend, default_backend
 from kvbm.copyplan import AddressArray, CopyPlan, plan_copy
 from kvbm.errors import LayoutError, PoolClosed, StorageError
+from kvbm.gpu import Gpu, PinnedMemory
 from kvbm.layout import BlockLayout, BoundLayout
 from kvbm.storage.base import Storage, StorageCapabilities
 from kvbm.types import IdArray
@@ -40,7 +41,14 @@ class HostStorage(Storage):
         Ask the kernel for huge pages; what came of it is in `has_huge_pages`.
     num_threads : int
         Threads that touch the memory first.
+    gpu : Gpu, optional
+        Pin our own memory for this device; it is usable at once, and pinned in the background.
     backend : Backend, optional
+
+    Attributes
+    ----------
+    pinned : PinnedMemory or None
+        Our own memory where it is, or is being, pinned.
 
     Raises
     ------
@@ -59,12 +67,17 @@ class HostStorage(Storage):
         buffers: Sequence[Any] | None = None,
         use_huge_pages: bool = True,
         num_threads: int = 2,
+        gpu: Gpu | None = None,
         backend: Backend | None = None,
     ) -> None:
         super().__init__(layout)
         self._copy_blocks = (backend or default_backend()).copy_blocks
         self.has_huge_pages = False
-        if buffers is None:
+        self.pinned: PinnedMemory | None = None
+        self._buffer_step = 0  # bytes from one buffer to the next in pinned memory
+        if buffers is None and gpu is not None:
+            self.buffers = self._pin(gpu, use_huge_pages, num_threads)
+        elif buffers is None:
             self.buffers = [self._map(use_huge_pages) for _ in range(layout.num_buffers)]
             _touch(self.buffers, num_threads)
         else:
@@ -81,6 +94,24 @@ class HostStorage(Storage):
         if self._bound is None:
             raise StorageError(f"{type(self).__name__} is closed")
         return self._bound
+
+    def wait_pinned(self, block_ids: IdArray) -> bool:
+        """Wait until the memory of these blocks is pinned as far as it will be; return whether all of it is.
+
+        Parameters
+        ----------
+        block_ids : (num_blocks,) int32
+
+        Notes
+        -----
+        Blocks while their slices are being pinned. Always False for memory that is not our own.
+        """
+        pinned, layout = self.pinned, self.layout
+        if pinned is None or not len(block_ids):
+            return False
+        in_last_buffer = int(block_ids.max()) * layout.strides.block
+        in_last_buffer += layout.extent_nbytes - (layout.num_blocks - 1) * layout.strides.block
+        return pinned.wait_for((layout.num_buffers - 1) * self._buffer_step + min(in_last_buffer, layout.buffer_nbytes))
 
     def open_buffer(self, index: int) -> npt.NDArray[np.uint8]:
         """Give a buffer's bytes: (buffer_nbytes,) uint8; raises once the storage is closed."""
@@ -116,6 +147,9 @@ class HostStorage(Storage):
         self._bound = None
         self._block_plan = None
         self.buffers = []
+        if self.pinned is not None:
+            self.pinned.close()
+            self.pinned = None
 
     def _addresses(self, ids: IdArray, data: npt.NDArray[np.uint8]) -> tuple[CopyPlan, AddressArray, AddressArray]:
         """Give the plan of a block, and what each block adds to it here and in a dense array, each (num_blocks,)."""
@@ -152,6 +186,20 @@ class HostStorage(Storage):
         )
         first = np.zeros(1, dtype=np.int32)
         return plan_copy(self.bound, dense.bind([0]), first, first)
+
+    def _pin(self, gpu: Gpu, use_huge_pages: bool, num_threads: int) -> list[npt.NDArray[np.uint8]]:
+        nbytes = self.layout.buffer_nbytes
+        self._buffer_step = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
+        total = (self.layout.num_buffers - 1) * self._buffer_step + nbytes
+        self.pinned = PinnedMemory(
+            gpu,
+            total,
+            num_threads=num_threads,
+            use_huge_pages=use_huge_pages,
+        )
+        self.has_huge_pages = self.pinned.has_huge_pages
+        starts = range(0, total, self._buffer_step)
+        return [self.pinned.memory[start : start + nbytes] for start in starts]
 
     def _map(self, use_huge_pages: bool) -> npt.NDArray[np.uint8]:
         nbytes = self.layout.buffer_nbytes

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kvbm._backend import Backend
 from kvbm.errors import ConfigError
+from kvbm.gpu import Gpu
 from kvbm.layout import BlockLayout
 from kvbm.storage.host import HostStorage
 from kvbm.types import IdArray
@@ -31,6 +32,8 @@ class StagingRing:
     layout : BlockLayout
         Of the tier whose blocks pass through; the slots hold the same bytes without gaps.
     num_slots : int
+    gpu : Gpu, optional
+        Pin the slots for this device.
     backend : Backend, optional
     clock : callable
         Gives seconds; monotonic.
@@ -48,13 +51,14 @@ class StagingRing:
         layout: BlockLayout,
         num_slots: int,
         *,
+        gpu: Gpu | None = None,
         backend: Backend | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if num_slots < 1:
             raise ConfigError(f"a staging ring needs 1 or more slots, got {num_slots}")
         self.num_slots = num_slots
-        self.storage = HostStorage(layout.dense(num_slots, alignment=_ALIGNMENT), backend=backend)
+        self.storage = HostStorage(layout.dense(num_slots, alignment=_ALIGNMENT), gpu=gpu, backend=backend)
         self.memory: npt.NDArray[np.uint8] = self.storage.buffers[0].reshape(num_slots, -1)
         self._clock = clock
         self._free: deque[int] = deque(range(num_slots))

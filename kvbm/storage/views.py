@@ -61,6 +61,10 @@ class ArrayView:
         """Give an array that shares the memory."""
         return self._array
 
+    def tobytes(self) -> bytes:
+        """Copy the bytes."""
+        return self._array.tobytes()
+
     def assign(self, data: Any, *, dtype: str) -> None:
         """Overwrite all of it.
 

@@ -255,7 +255,10 @@ def test_restart_that_loses_records_is_an_error(tmp_path: Path, monkeypatch: pyt
         (["disk", "--size", "0", "--rows", "restart_1m"], "--size is 0 bytes, give at least"),
         (["disk", "--path", "/absent/folder", "--rows", "restart_1m"], "/absent/folder is no directory"),
         (["disk", "--size", "900PiB"], r"need \d+ bytes in .*give a smaller --size or another"),
-        (["hash", "--rows", "x", "--path", "."], "--path, --rows is for kvbm bench disk alone"),
+        (
+            ["hash", "--rows", "x", "--path", "."],
+            "--path is for kvbm bench disk alone; --rows is for kvbm bench disk and gpu alone",
+        ),
     ],
 )
 def test_impossible_options_are_refused(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kvbm", "tests", "examples", "benchmarks", "docs", "cuda", ".ci")
-ENDINGS = {".py", ".pyx", ".pxd", ".pyi", ".hpp", ".cpp", ".h", ".c", ".cu", ".cuh"}
+ENDINGS = {".py", ".pyx", ".pxd", ".pxi", ".pyi", ".hpp", ".cpp", ".h", ".c", ".cu", ".cuh"}
 MAX_LINES = 400
 
 

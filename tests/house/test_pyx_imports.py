@@ -40,7 +40,7 @@ def test_modules_of_other_floors_are_refused(name: str) -> None:
 
 
 def test_extension_modules_import_only_their_floor() -> None:
-    sources = sorted([*(ROOT / "kvbm").rglob("*.pyx"), *(ROOT / "kvbm").rglob("*.pxd")])
+    sources = sorted([path for ending in ("*.pyx", "*.pxd", "*.pxi") for path in (ROOT / "kvbm").rglob(ending)])
     assert sources, "no Cython sources found"
     bad = [
         f"{path.relative_to(ROOT)}: {name}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = (".pyx", ".pxd", ".hpp", ".cpp", ".cmake", "CMakeLists.txt")
+SOURCES = (".pyx", ".pxd", ".pxi", ".hpp", ".cpp", ".cmake", "CMakeLists.txt")
 BUILD = "import sys; from scikit_build_core import build; getattr(build, sys.argv[1])(sys.argv[2])"
 
 
@@ -45,6 +45,8 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     tracked = [path for path in (ROOT / "kvbm").rglob("*") if path.name.endswith(SOURCES)]
     needed = {str(path.relative_to(ROOT)) for path in tracked}
     assert "kvbm/_native/store.pyx" in needed
+    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "cuda").rglob("*") if path.is_file()}
+    assert "cuda/kvbm_cuda.h" in needed
     assert needed | {"pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "noxfile.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -59,5 +61,6 @@ def test_installed_package_is_complete() -> None:
     assert {"kvbm/py.typed", "kvbm/_native/store.pyi"} <= names
     assert not [name for name in names if name.endswith(SOURCES)]
     compiled = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
-    assert compiled in (set(), {"store", "hashing", "copies", "disk_io"})
+    assert not compiled or {"store", "hashing", "copies", "disk_io", "simulated_device"} <= compiled
+    assert compiled <= {"store", "hashing", "copies", "disk_io", "simulated_device", "device"}  # device: with nvcc
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -100,7 +100,7 @@ def test_host_memory_that_is_closed_while_its_copy_is_planned_stays(
             storage.close()
         return planned
 
-    monkeypatch.setattr("kvbm.transfer.plan_copy", plan)
+    monkeypatch.setattr("kvbm.transfer.engine.plan_copy", plan)
     with TransferEngine(num_threads=1, backend=closing.backend) as engine:
         closing.arm(2)
         assert engine.copy(source, destination, IDS, IDS).result().num_blocks == 4

@@ -171,6 +171,18 @@ class TransferEngine:
         del held
         return checksums
 
+    def copy_pieces(self, plan: CopyPlan) -> None:
+        """Execute a plan in the caller's thread, without checksums; the caller sees to the memory's life."""
+        if plan.num_blocks:
+            self._backend.copy_blocks(
+                plan.source_blocks,
+                plan.destination_blocks,
+                plan.source_pieces,
+                plan.destination_pieces,
+                plan.piece_nbytes,
+                num_threads=self.num_threads,
+            )
+
     def close(self, timeout: float | None = None) -> None:
         """Finish what was submitted and stop the workers; may be called again.
 

@@ -1,0 +1,23 @@
+# Sources of both device modules; .cu files are compiled by nvcc, or as C++ against the simulation.
+set(KVBM_DEVICE_HOST_SOURCES
+  ${CMAKE_CURRENT_LIST_DIR}/batch_copy.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/calls.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/copy.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/permute.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/plain_calls.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/shapes.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/submission.cpp)
+set(KVBM_DEVICE_KERNEL_SOURCES
+  ${CMAKE_CURRENT_LIST_DIR}/checksum_kernels.cu
+  ${CMAKE_CURRENT_LIST_DIR}/copy_kernels.cu
+  ${CMAKE_CURRENT_LIST_DIR}/fill_kernels.cu
+  ${CMAKE_CURRENT_LIST_DIR}/permute_kernels.cu
+  ${CMAKE_CURRENT_LIST_DIR}/present.cu)
+set(KVBM_SIMULATION_SOURCES
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/copies.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/devices.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/events.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/fibres.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/memory.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/steering.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/simulated/streams.cpp)
