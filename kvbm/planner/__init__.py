@@ -3,7 +3,7 @@
 from kvbm.planner.advice import Advice, LoadRun
 from kvbm.planner.counters import PlannerStatistics, RouteCounters
 from kvbm.planner.estimates import RouteEstimate
-from kvbm.planner.foreign import ForeignTier
+from kvbm.planner.foreign import EngineCopy, ForeignTier
 from kvbm.planner.hit import Hit
 from kvbm.planner.limits import Limits
 from kvbm.planner.planner import Planner
@@ -14,6 +14,7 @@ from kvbm.planner.thread import PlannerThread
 __all__ = [
     "Advice",
     "Candidates",
+    "EngineCopy",
     "ForeignTier",
     "Hit",
     "Limits",

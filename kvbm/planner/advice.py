@@ -8,8 +8,9 @@ is not worth loading from is measured now and then by a few blocks in the backgr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -139,9 +140,34 @@ class Advisor:
         block_nbytes : int
             Bytes of a block, on one rank.
         """
+        tiers, where = hit.tier_of_blocks()
+        advice = self.plan(tiers, where, prefill_tokens_per_s, block_tokens=block_tokens, block_nbytes=block_nbytes)
+        is_left = np.arange(len(where)) >= advice.num_blocks
+        for index, tier in enumerate(tiers):
+            self._note(tier, hit.hashes, (where == index) & is_left)
+        return advice
+
+    def plan(
+        self,
+        tiers: Sequence[Tier],
+        where: npt.NDArray[np.integer[Any]],
+        prefill_tokens_per_s: float,
+        *,
+        block_tokens: int,
+        block_nbytes: int,
+    ) -> Advice:
+        """Tell how many leading blocks are worth loading, without holding or changing anything.
+
+        Parameters
+        ----------
+        tiers : sequence of Tier
+        where : (num_blocks,) int
+            For each block which of the tiers it lies in.
+        prefill_tokens_per_s, block_tokens, block_nbytes
+            As for `advise`.
+        """
         if not 0 < prefill_tokens_per_s < math.inf:
             raise ConfigError(f"prefill_tokens_per_s is {prefill_tokens_per_s}, give a number above 0")
-        tiers, where = hit.tier_of_blocks()
         block_s = block_tokens / prefill_tokens_per_s
         num_blocks = len(where)
         queued = self._loader.queued()
@@ -162,9 +188,6 @@ class Advisor:
             load_s += counts * (block_nbytes / estimate.bytes_per_s)
         total_s = load_s + queue_s + (num_blocks - np.arange(num_blocks + 1)) * block_s
         best = num_blocks - int(np.argmin(total_s[::-1]))  # of equal cuts the one that loads most
-        left = [(tiers[index], (where == index) & (np.arange(num_blocks) >= best)) for index in range(len(tiers))]
-        for tier, is_left in left:
-            self._note(tier, hit.hashes, is_left)
         return Advice(
             num_blocks=best,
             hit_blocks=num_blocks,
@@ -198,7 +221,7 @@ class Advisor:
             probe = self._loader.prefetch(hashes[is_left][:_PROBE_BLOCKS], source=tier)
             declined.probe = lambda: probe.done() and not probe.is_draining
 
-    def _reason(self, best: int, num_blocks: int, tiers: list[Tier], prefill_tokens_per_s: float) -> str:
+    def _reason(self, best: int, num_blocks: int, tiers: Sequence[Tier], prefill_tokens_per_s: float) -> str:
         lower = [(tier, self._estimates.route(tier, self._top)) for tier in tiers if tier is not self._top]
         if not lower:
             return "all in the top tier"
@@ -211,7 +234,9 @@ class Advisor:
         return f"{verdict}: {'; '.join(believed)}; prefill {prefill_tokens_per_s:.4g} tokens/s"
 
 
-def _runs_of(tiers: list[Tier], where: npt.NDArray[np.intp], load_s: npt.NDArray[np.float64]) -> tuple[LoadRun, ...]:
+def _runs_of(
+    tiers: Sequence[Tier], where: npt.NDArray[np.integer[Any]], load_s: npt.NDArray[np.float64]
+) -> tuple[LoadRun, ...]:
     """Give the runs of neighbours in one tier, and what each adds to the time."""
     if not len(where):
         return ()

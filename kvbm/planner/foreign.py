@@ -32,10 +32,24 @@ _log = logging.getLogger("kvbm.planner")
 Mask = npt.NDArray[np.bool_]
 
 
+class EngineCopy(Transfer[Mask]):
+    """A copy from or to an engine's memory.
+
+    Attributes
+    ----------
+    job_ids : list of int
+        Of the jobs that move its blocks; empty where nothing is to be moved.
+    """
+
+    def __init__(self, *, deadline_s: float | None = None, clock: Callable[[], float]) -> None:
+        super().__init__(deadline_s=deadline_s, clock=clock)
+        self.job_ids: list[int] = []
+
+
 class _Errand:
     """What one call asked for: the jobs that are open, and what came of the others."""
 
-    def __init__(self, num_blocks: int, transfer: Transfer[Mask]) -> None:
+    def __init__(self, num_blocks: int, transfer: EngineCopy) -> None:
         self.transfer = transfer
         self.good: Mask = np.zeros(num_blocks, dtype=np.bool_)
         self.num_open = 0
@@ -127,7 +141,7 @@ class ForeignTier:
 
     # -- from the pool -----------------------------------------------------------------------------------------
 
-    def load(self, blocks: ImmutableBlocks, slots: IdArray, *, timeout_s: float | None = None) -> Transfer[Mask]:
+    def load(self, blocks: ImmutableBlocks, slots: IdArray, *, timeout_s: float | None = None) -> EngineCopy:
         """Copy blocks of the pool into slots of the engine's, and take over their guard.
 
         Parameters
@@ -140,7 +154,7 @@ class ForeignTier:
 
         Returns
         -------
-        Transfer
+        EngineCopy
             Of a (num_blocks,) bool mask: where the bytes are good. A slot is the engine's to reuse once it has landed,
             whenever it ended for its waiter. Copies whose source was bad are discarded there.
         """
@@ -148,7 +162,7 @@ class ForeignTier:
         if len(ids) != len(blocks):
             raise length_mismatch("slots", len(ids), len(blocks))
         timeout_s = self._limits.onboard_timeout_s if timeout_s is None else timeout_s
-        errand = _Errand(len(ids), Transfer(deadline_s=timeout_s, clock=self._clock))
+        errand = _Errand(len(ids), EngineCopy(deadline_s=timeout_s, clock=self._clock))
         if not len(ids):
             blocks.release()
             errand.end()
@@ -195,6 +209,7 @@ class ForeignTier:
         )
         self._out[job.job_id] = _Out(errand, places, blocks, hashes)
         errand.num_open += 1
+        errand.transfer.job_ids.append(job.job_id)
         self._statistics.route(job.source, job.destination).in_flight += len(ids)
         self._dispatcher.open(job, self._settle_out, timeout_s, unsent)
 
@@ -231,7 +246,7 @@ class ForeignTier:
         parents: HashArray,
         *,
         timeout_s: float | None = None,
-    ) -> Transfer[Mask]:
+    ) -> EngineCopy:
         """Copy slots of the engine's into the pool, as many of the leading ones as have room, and register them there.
 
         Parameters
@@ -243,7 +258,7 @@ class ForeignTier:
 
         Returns
         -------
-        Transfer
+        EngineCopy
             Of a (num_blocks,) bool mask: which were brought by this call. What is there already, or on its way, is not
             brought again. The slots are the engine's to reuse once it has landed.
         """
@@ -252,7 +267,7 @@ class ForeignTier:
         if not len(ids) == len(names) == len(before):
             raise length_mismatch("slots", len(ids), len(names))
         timeout_s = self._limits.offload_timeout_s if timeout_s is None else timeout_s
-        errand = _Errand(len(ids), Transfer(deadline_s=timeout_s, clock=self._clock))
+        errand = _Errand(len(ids), EngineCopy(deadline_s=timeout_s, clock=self._clock))
         unsent: Unsent = deque()
         try:
             with self._dispatcher.locked():
@@ -313,6 +328,7 @@ class ForeignTier:
         self._in[job.job_id] = load
         self._saving.update(dict.fromkeys(load.keys))
         load.errand.num_open += 1
+        load.errand.transfer.job_ids.append(job.job_id)
         self._statistics.route(job.source, job.destination).in_flight += len(slots)
         self._dispatcher.open(job, self._settle_in, timeout_s, unsent)
 

@@ -144,7 +144,7 @@ class Planner:
         self.estimates = Estimates(pools[0].tier, clock=clock)
         shared: dict[str, Any] = {"need_open": self._need_open, "poke": self._poke, "clock": clock}
         presence = next(iter(self.presences), None)
-        self.loader = Loader(self._usable_pools, dispatcher=self._dispatcher, presence=presence, **moving, **shared)
+        self.loader = Loader(self.usable_pools, dispatcher=self._dispatcher, presence=presence, **moving, **shared)
         self.advisor = Advisor(
             self.estimates,
             self.loader,
@@ -180,7 +180,7 @@ class Planner:
     def match(self, hashes: HashArray) -> Hit:
         """Hold the longest prefix of a sequence that lies in any tier."""
         names = hash_array(hashes)
-        hit = find_hit(self._usable_pools(), names)
+        hit = find_hit(self.usable_pools(), names)
         with self._counting:
             for tier, num_blocks in hit.tiers.items():
                 self._statistics.hits[tier] += num_blocks
@@ -195,7 +195,7 @@ class Planner:
 
     def lookup(self, hashes: HashArray) -> int:
         """Count the leading blocks that lie in any tier; holds nothing and changes no recency."""
-        where, _ = find_sources(self._usable_pools(), hash_array(hashes))
+        where, _ = find_sources(self.usable_pools(), hash_array(hashes))
         return first_true(where < 0)
 
     def restore(self) -> None:
@@ -346,7 +346,8 @@ class Planner:
 
     # -- private -----------------------------------------------------------------------------------------------
 
-    def _usable_pools(self) -> Sequence[BlockPool]:
+    def usable_pools(self) -> Sequence[BlockPool]:
+        """Give the pools of tiers that can be reached, from the top down."""
         if self._statistics.lost_executors:
             return self.pools[:1]
         away = [presence.pool for presence in self.presences if presence.is_away]

@@ -1,0 +1,1 @@
+"""Connectors to serving engines: an engine-neutral core, and thin adapters over it."""

@@ -1,0 +1,76 @@
+"""An engine's block digests as our sequence hashes: taken as they are, cut to 16 bytes, converted once each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvbm.errors import HashFormatError
+from kvbm.types import HASH_NBYTES, HashArray
+
+
+class Digests:
+    """The hashes of one request's full blocks, growing as the engine names them.
+
+    Parameters
+    ----------
+    allow_weak : bool
+        Take digests of fewer than 16 bytes, zero-padded: two prompts may then be taken for one.
+    """
+
+    def __init__(self, *, allow_weak: bool = False) -> None:
+        self._allow_weak = allow_weak
+        self._names: HashArray = np.zeros((16, 2), dtype=np.uint64)
+        self._num_names = 0
+
+    def __len__(self) -> int:
+        return self._num_names
+
+    def extend(self, digests: Sequence[bytes]) -> HashArray:
+        """Take over what is new and give all hashes.
+
+        Parameters
+        ----------
+        digests : sequence of bytes
+            Of all full blocks so far, in order; what was given before is not looked at again.
+
+        Returns
+        -------
+        (num_blocks, 2) uint64, read-only
+
+        Raises
+        ------
+        HashFormatError
+            A digest is too short, or there are fewer than before.
+        """
+        num_known, num_all = self._num_names, len(digests)
+        if num_all < num_known:
+            raise HashFormatError(f"the engine named {num_all} blocks of a request that had {num_known}")
+        if num_all > num_known:
+            new = digests[num_known:] if num_known else digests
+            data = b"".join([digest[:HASH_NBYTES] for digest in new])
+            if len(data) != HASH_NBYTES * len(new):
+                data = b"".join([self._whole(digest) for digest in new])
+            if num_all > len(self._names):
+                grown = np.zeros((max(num_all, 2 * len(self._names)), 2), dtype=np.uint64)
+                grown[:num_known] = self._names[:num_known]
+                self._names = grown
+            self._names[num_known:num_all] = np.frombuffer(data, dtype="<u8").reshape(-1, 2)
+            self._num_names = num_all
+        return self.names
+
+    @property
+    def names(self) -> HashArray:
+        """All hashes so far: (num_blocks, 2) uint64, read-only."""
+        names = self._names[: self._num_names]
+        names.flags.writeable = False
+        return names
+
+    def _whole(self, digest: bytes) -> bytes:
+        if len(digest) < HASH_NBYTES and not self._allow_weak:
+            raise HashFormatError(
+                f"a block digest has {len(digest)} bytes, need {HASH_NBYTES} or more: choose a cryptographic hash in "
+                "the engine (vLLM: prefix_caching_hash_algo sha256), or set allow_weak_hashes"
+            )
+        return digest[:HASH_NBYTES].ljust(HASH_NBYTES, b"\0")

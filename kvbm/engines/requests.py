@@ -1,0 +1,127 @@
+"""One request of an engine, as the scheduler's half follows it: explicit states, explicit steps between them."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from kvbm.blocks import ImmutableBlocks
+from kvbm.engines.digests import Digests
+from kvbm.errors import BlockStateError
+from kvbm.jobs import Transfer
+from kvbm.planner import EngineCopy
+from kvbm.types import IdArray, Tier
+
+
+class RequestState(str, enum.Enum):
+    """How far a request is with what it loads."""
+
+    NEW = "new"  # nothing is loaded for it, or not yet
+    STAGING = "staging"  # blocks are brought to the host tier; no byte moves towards the engine
+    LOADING = "loading"  # the workers have been told which jobs bring its blocks
+    RUNNING = "running"  # the engine computes
+    HELD = "held"  # it has ended, and its blocks are being saved
+    GONE = "gone"
+
+
+_NEXT = {
+    RequestState.NEW: {RequestState.STAGING, RequestState.RUNNING, RequestState.HELD, RequestState.GONE},
+    RequestState.STAGING: {RequestState.LOADING},  # also where nothing came: the workers say that it was received
+    RequestState.LOADING: {RequestState.RUNNING, RequestState.GONE},
+    RequestState.RUNNING: {RequestState.NEW, RequestState.HELD, RequestState.GONE},  # new again when preempted
+    RequestState.HELD: {RequestState.GONE},
+    RequestState.GONE: set(),
+}
+
+
+@dataclass
+class Part:
+    """What of a request's load comes from one group of layers.
+
+    Attributes
+    ----------
+    group : int
+    slots : (num_blocks,) int32
+        Of the engine.
+    staged : Transfer, optional
+        Brings the blocks to the host tier, until it has ended.
+    copy : EngineCopy, optional
+        Brings them on to the engine.
+    num_staged : int
+        Leading blocks that came to the host tier.
+    """
+
+    group: int
+    slots: IdArray
+    staged: Transfer[ImmutableBlocks] | None = None
+    copy: EngineCopy | None = None
+    num_staged: int = 0
+
+    def has_loaded_all(self) -> bool:
+        """Tell whether every block came to the engine in time."""
+        if self.num_staged < len(self.slots) or self.copy is None:
+            return not len(self.slots)
+        return self.copy.done() and self.copy.exception(0) is None and bool(self.copy.result(0).all())
+
+
+@dataclass
+class Request:
+    """One request.
+
+    Attributes
+    ----------
+    request_id : str
+    digests : Digests
+    num_offered : list of int
+        For each group the leading blocks that were offered to be saved.
+    parts : list of Part
+        Of the load that is under way, or was the last.
+    saves : list of (int, EngineCopy)
+        Group and copy, of those that may not have landed.
+    answer : (num_computed_tokens, num_tokens, until), optional
+        What was said of it last, and the moment until which that holds.
+    lowest : Tier, optional
+        The lowest tier that the load comes from.
+    began_at : float
+        Moment of the clock when it began.
+    num_loading : int
+        Tokens that it is to bring.
+    is_ended : bool
+        The engine has said so.
+    has_failed : bool
+        A load of it did not bring all: what is missing is computed, it does not wait again.
+    """
+
+    request_id: str
+    digests: Digests
+    num_offered: list[int]
+    state: RequestState = RequestState.NEW
+    parts: list[Part] = field(default_factory=list)
+    saves: list[tuple[int, EngineCopy]] = field(default_factory=list)
+    answer: tuple[int, int, float] | None = None
+    lowest: Tier | None = None
+    began_at: float = 0.0
+    num_loading: int = 0
+    is_ended: bool = False
+    has_failed: bool = False
+
+    def go(self, state: RequestState) -> None:
+        """Take the step to another state.
+
+        Raises
+        ------
+        BlockStateError
+            There is no such step.
+        """
+        if state not in _NEXT[self.state]:
+            raise BlockStateError(f"request {self.request_id!r} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+    def has_loaded_all(self) -> bool:
+        """Tell whether the load that the workers have reported brought every block that was promised."""
+        return all(part.has_loaded_all() for part in self.parts)
+
+    def open_saves(self) -> list[tuple[int, EngineCopy]]:
+        """Give the saves whose bytes may still move, and forget the others."""
+        self.saves = [(group, copy) for group, copy in self.saves if not copy.done() or copy.is_draining]
+        return self.saves

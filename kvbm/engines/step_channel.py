@@ -1,0 +1,141 @@
+"""Channels that travel with an engine's steps: jobs go out with the next orders, results come back with a report.
+
+All ranks get the same jobs, so a job that the planner sends to each of them is in the orders once. Nothing here is ever
+waited for: an engine that makes no steps moves no bytes. Called from the scheduler's thread; safe from any.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from kvbm.errors import PoolClosed
+from kvbm.jobs import InventoryJob, Job, JobResult
+from kvbm.jobs.channel import Receive
+from kvbm.types import Tier
+
+_log = logging.getLogger("kvbm.engines")
+
+
+class StepChannels:
+    """The channels to all ranks of an engine.
+
+    Parameters
+    ----------
+    num_ranks : int
+
+    Attributes
+    ----------
+    channels : list of StepChannel
+        One for each rank, for the planner.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.channels = [StepChannel(self, rank) for rank in range(num_ranks)]
+        self._lock = threading.Lock()
+        self._outgoing: dict[int, Job] = {}
+        self._open: dict[int, set[int]] = {}  # job -> ranks that have not answered
+        self._inventories: dict[tuple[int, Tier], JobResult] = {}
+        self.is_closed = False
+
+    def know(self, rank: int, tier: Tier, inventory: JobResult) -> None:
+        """Keep what a rank said of a tier when it was opened: the question for it is answered with that."""
+        self._inventories[rank, tier] = inventory
+
+    def take_jobs(self) -> list[Job]:
+        """Give what was sent since the last call, in order."""
+        with self._lock:
+            jobs = list(self._outgoing.values())
+            self._outgoing.clear()
+        return jobs
+
+    @property
+    def has_jobs(self) -> bool:
+        """Whether jobs wait for the next orders, or have been ordered and not been answered by all."""
+        return bool(self._open)
+
+    def receive(self, rank: int, results: Iterable[JobResult]) -> None:
+        """Hand over what a rank has answered."""
+        channel = self.channels[rank]
+        for result in results:
+            with self._lock:
+                ranks = self._open.get(result.job_id)
+                is_known = ranks is not None and rank in ranks
+                if ranks is not None:
+                    ranks.discard(rank)
+                    if not ranks:
+                        del self._open[result.job_id]
+            if is_known:
+                channel.answer(result)
+            else:
+                _log.warning("answer to no open job rank=%d job_id=%d", rank, result.job_id)
+
+    # -- for the channels --------------------------------------------------------------------------------------
+
+    def put(self, rank: int, job: Job) -> None:
+        """Note a job of one rank, or answer it at once."""
+        if isinstance(job, InventoryJob) and (known := self._inventories.pop((rank, job.tier), None)) is not None:
+            self.channels[rank].answer(msgspec.structs.replace(known, job_id=job.job_id))
+            return
+        with self._lock:
+            if self.is_closed:
+                raise PoolClosed("the engine is closing: it makes no more steps")
+            ranks = self._open.get(job.job_id)
+            if ranks is None:
+                self._open[job.job_id] = {rank}
+                self._outgoing[job.job_id] = job
+            else:
+                ranks.add(rank)
+
+    def knows(self, rank: int, job_id: int) -> bool:
+        """Whether a rank has been sent a job and has not answered."""
+        with self._lock:
+            return rank in self._open.get(job_id, ())
+
+
+class StepChannel:
+    """One rank of an engine, as the planner sees it; see `JobChannel`.
+
+    Parameters
+    ----------
+    group : StepChannels
+    rank : int
+    """
+
+    def __init__(self, group: StepChannels, rank: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._receive: Receive | None = None
+
+    def open(self, receive: Receive, lost: Callable[[str], None]) -> None:
+        """Say where results go; an engine that loses a worker ends as a whole."""
+        self._receive = receive
+
+    def send(self, job: Job) -> None:
+        """Put a job into the next orders."""
+        self._group.put(self._rank, job)
+
+    def answer(self, result: JobResult) -> None:
+        """Hand a result over."""
+        assert self._receive is not None, "a channel is opened before it is used"
+        self._receive(result)
+
+    def revoke(self, job_id: int) -> bool:
+        """Nothing: all ranks must get the same jobs, and another may have its orders already."""
+        return False
+
+    def knows(self, job_id: int) -> bool:
+        """Whether a job was sent and is not answered."""
+        return self._group.knows(self._rank, job_id)
+
+    def run_here(self, job_id: int) -> bool:
+        """Nothing: the bytes lie with the workers."""
+        return False
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Take no more jobs; return whether all were answered: there may be no further step to answer in."""
+        self._group.is_closed = True
+        return not self._group.has_jobs
