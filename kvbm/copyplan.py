@@ -90,10 +90,11 @@ def plan_copy(source: BoundLayout, destination: BoundLayout, source_ids: IdArray
     to_ids = _checked_ids("destination", destination_ids, destination.layout)
     if len(from_ids) != len(to_ids):
         raise LayoutError(f"{len(from_ids)} source blocks for {len(to_ids)} destination blocks, give pairs")
-    ordered = np.sort(to_ids)
-    is_again = ordered[1:] == ordered[:-1]
-    if is_again.any():
-        raise LayoutError(f"destination block {ordered[1:][is_again][0]} is given twice")
+    if len(to_ids) > 1:
+        ordered = np.sort(to_ids)
+        is_again = ordered[1:] == ordered[:-1]
+        if is_again.any():
+            raise LayoutError(f"destination block {ordered[1:][is_again][0]} is given twice")
     return CopyPlan(
         kind=pieces.kind,
         source_blocks=from_ids * np.uint64(source.layout.strides.block),
@@ -144,8 +145,8 @@ def _is_token_dense(layout: BlockLayout) -> bool:
 
 def _checked_ids(side: str, ids: IdArray, layout: BlockLayout) -> AddressArray:
     batch = id_array(ids)
-    wrong = (batch < 0) | (batch >= layout.num_blocks)
-    if wrong.any():
+    if len(batch) and (batch.min() < 0 or batch.max() >= layout.num_blocks):
+        wrong = (batch < 0) | (batch >= layout.num_blocks)
         raise LayoutError(f"{side} block {batch[wrong][0]} is outside 0..{layout.num_blocks - 1}")
     return batch.astype(np.uint64)
 

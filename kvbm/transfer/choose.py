@@ -153,5 +153,5 @@ def shape_of(plan: CopyPlan, direction: str) -> Shape:
         num_runs = num_blocks * num_pieces
     run_nbytes = num_blocks * num_pieces * nbytes // max(1, num_runs)
     host = plan.destination_pieces if direction == "down" else plan.source_pieces
-    num_gaps = int(np.count_nonzero(np.diff(host) != np.uint64(nbytes)))
+    num_gaps = int(np.count_nonzero(np.diff(host) != np.uint64(nbytes))) if num_pieces > 1 else 0
     return Shape(direction, run_nbytes, num_runs, max(run_nbytes, num_pieces * nbytes // (num_gaps + 1)))
