@@ -141,6 +141,10 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         """End a request."""
         return self._there().finished(request), None
 
+    def reset_cache(self) -> bool | None:
+        """Refuse: what lies below vLLM's own memory cannot be forgotten from here yet."""
+        return False
+
     def has_pending_push_work(self) -> bool:
         """Whether vLLM is to go on stepping: our jobs travel with its steps."""
         return self._there().has_work

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -19,6 +21,7 @@ from kvbm.engines.vllm.settings import read_settings, warn_of_policy
 from kvbm.errors import ConfigError
 
 _log = logging.getLogger("kvbm.engines")
+_STEPS = 64  # that an engine has under way at most; the oldest are forgotten
 _NULL_SLOT = 0  # vLLM's null block: where a window group has no block for a part of the prompt
 
 
@@ -47,7 +50,8 @@ class VllmScheduler:
         self._core: SchedulerCore | None = None  # made when the workers have told of their tiers
         self._groups: list[Group] = []
         self._clock = time.monotonic
-        self._began = self._clock(), 0  # the last step: when, and how many tokens
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # under way: begin, and tokens of prompts
+        self._reported_at = -math.inf
         self._requests: dict[str, Any] = {}
         self._asked: dict[str, int] = {}  # tokens that vLLM had when it asked last
         self._slots: dict[str, list[list[int]]] = {}  # by request, for each group
@@ -130,7 +134,7 @@ class VllmScheduler:
                 for known, ids in zip(self._slots[request_id], block_ids, strict=True):
                     known.extend(ids)
             self._computed(request_id, num_computed, output)
-        self._began = self._clock(), output.total_num_scheduled_tokens
+        self._steps.append((self._clock(), _prompt_tokens(output)))
         return KvbmMetadata(encode_orders(self._core.orders()))
 
     def _computed(self, request_id: str, num_computed_tokens: int, output: Any) -> None:
@@ -144,8 +148,10 @@ class VllmScheduler:
         """Take what the workers have done."""
         if self._core is None:
             return
-        began_at, num_tokens = self._began
-        self._core.speed.observe(num_tokens, self._clock() - began_at)
+        if self._steps:
+            (began_at, num_tokens), now = self._steps.popleft(), self._clock()
+            self._core.speed.observe(num_tokens, now - max(began_at, self._reported_at))
+            self._reported_at = now
         metadata = output.kv_connector_worker_meta
         if isinstance(metadata, KvbmWorkerMetadata):
             for report in metadata.reports:
@@ -163,3 +169,10 @@ class VllmScheduler:
         for group in self._groups:
             group.planner.close(0.0)
         self._core, self._groups = None, []
+
+
+def _prompt_tokens(output: Any) -> int:
+    """Count the tokens of prompts that a step computes; 0 where decoding takes most of it."""
+    numbers = output.num_scheduled_tokens.values()
+    num_prompt = sum([number for number in numbers if number > 1])
+    return num_prompt if 2 * num_prompt > output.total_num_scheduled_tokens else 0

@@ -1,0 +1,118 @@
+"""The real engine writes the right text whatever happens to the bytes below it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from vllm_site import Engine, needs_vllm, prompt_of
+
+from kvbm.executor import Executor
+from kvbm.jobs import CopyJob, Job, JobResult, Outcome
+from kvbm.types import Tier
+
+pytestmark = needs_vllm
+Start = Callable[..., Engine]
+_EXPONENT = 103  # of a float32 in a block: with this bit the other way the number is another one by 2**128
+PROMPTS = [prompt_of(30 + seed, num_tokens) for seed, num_tokens in enumerate((300, 500, 701))]
+
+
+def flip_bits_on_disk(folder: Path) -> None:
+    """Flip a bit in every 64 KiB of the slab."""
+    (slab,) = folder.glob("*.blocks")
+    with slab.open("r+b") as file:
+        for place in range(_EXPONENT, slab.stat().st_size, 64 << 10):
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 0x40]))
+
+
+def flip_bits_in_memory(engine: Engine, places: slice = slice(None)) -> None:
+    """Flip a bit in blocks of the host tier, of those that hold something."""
+    for shard in engine.worker._shards:
+        memory: Any = shard.storages[Tier.HOST]
+        rows = memory.buffers[0].reshape(memory.num_blocks, -1)
+        (used,) = rows.any(axis=1).nonzero()
+        rows[used[places], _EXPONENT] ^= 0x40
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("places", [slice(None), slice(3, 4)], ids=["every block", "one block"])
+def test_flipped_bits_in_host_memory_change_no_text(start: Start, kind: str, places: slice) -> None:
+    engine = start(kind)
+    cold, _ = engine.generate(PROMPTS)
+    engine.forget()
+    flip_bits_in_memory(engine, places)
+    assert engine.generate(PROMPTS)[0] == cold
+    assert engine.count("mismatches") > 0
+    engine.forget()
+    assert engine.generate(PROMPTS) == (cold, [256, 448, 640]), "what was computed again is kept again"
+    engine.calm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_flipped_bits_on_the_disk_change_no_text(start: Start, tmp_path: Path, kind: str) -> None:
+    engine = start(kind, disk=tmp_path)
+    cold, _ = engine.generate(PROMPTS)
+    engine.calm()
+    engine = start(kind, disk=tmp_path)
+    for folder in (tmp_path, *tmp_path.glob("group*")):
+        flip_bits_on_disk(folder)
+    assert engine.generate(PROMPTS)[0] == cold
+    assert engine.count("mismatches") > 0
+    engine.forget()
+    assert engine.generate(PROMPTS) == (cold, [256, 448, 640])
+    engine.calm()
+
+
+def test_a_block_that_memory_lost_is_computed_although_the_disk_has_it(start: Start, tmp_path: Path) -> None:
+    engine = start(disk=tmp_path)
+    cold, _ = engine.generate(PROMPTS)
+    engine.forget()
+    flip_bits_in_memory(engine)
+    assert engine.generate(PROMPTS)[0] == cold
+    assert engine.count("mismatches") > 0
+    engine.calm()
+
+
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make every block of a copy fail with a probability of 10 %; gives the numbers of jobs that were hit."""
+    rng, hit = random.Random(5), []
+    execute = Executor.execute
+
+    def lose(self: Executor, job: Job, deadline: float | None = None) -> JobResult:
+        result = execute(self, job, deadline)
+        if not isinstance(job, CopyJob):
+            return result
+        is_lost = [rng.random() < 0.1 for _ in job.hashes]
+        if any(is_lost):
+            hit.append(job.job_id)
+            outcomes = result.outcomes.copy()
+            outcomes[is_lost] = Outcome.FAILED
+            result = msgspec.structs.replace(result, outcomes=outcomes, reason="lost on purpose")
+        return result
+
+    monkeypatch.setattr(Executor, "execute", lose)
+    return hit
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_copies_that_fail_at_random_change_no_text(start: Start, tmp_path: Path, lossy: list[int], kind: str) -> None:
+    expected, _ = start(kind, has_connector=False).generate(PROMPTS)
+    engine = start(kind, disk=tmp_path)
+    for round_number in range(6):
+        assert engine.generate(PROMPTS)[0] == expected
+        engine.forget()
+        if round_number % 2:
+            engine.forget_memory()
+    assert lossy
+    engine.calm()
+    engine = start(kind, disk=tmp_path)
+    assert engine.generate(PROMPTS)[0] == expected
+    engine.calm()

@@ -1,0 +1,108 @@
+"""The real engine writes the same text cold, from its own cache, from our tiers, and after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from vllm_site import Engine, needs_vllm, prompt_of
+
+pytestmark = needs_vllm
+Start = Callable[..., Engine]
+PROMPTS = [prompt_of(seed, num_tokens) for seed, num_tokens in enumerate((300, 500, 701))]
+
+
+def whole_blocks(block_size: int) -> list[int]:
+    return [(len(prompt) - 1) // block_size * block_size for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_llama_writes_the_same_from_every_tier_and_after_a_restart(
+    start: Start, tmp_path: Path, block_size: int
+) -> None:
+    engine = start(disk=tmp_path, block_size=block_size)
+    cold, cached = engine.generate(PROMPTS)
+    assert cached == [0, 0, 0]
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "from the engine's own cache"
+    engine.forget()
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "from host memory"
+    engine.forget()
+    engine.forget_memory()
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "from the disk"
+    engine.calm()
+    engine = start(disk=tmp_path, block_size=block_size)
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "in a fresh engine"
+    engine.calm()
+
+
+def test_requests_that_are_preempted_write_the_same(start: Start, tmp_path: Path) -> None:
+    prompts = [prompt_of(10 + seed, 500) for seed in range(6)]
+    expected, _ = start(has_connector=False).generate(prompts, 120)
+    engine = start(disk=tmp_path, num_gpu_blocks_override=45)
+    preempted = []
+    core = engine.half._core
+    engine.half._core.preempted = lambda request_id: (
+        preempted.append(request_id) or type(core).preempted(core, request_id)
+    )
+    assert engine.generate(prompts, 120)[0] == expected
+    assert preempted, "the engine's memory was large enough"
+    engine.forget()
+    assert engine.generate(prompts, 120)[0] == expected
+    engine.calm()
+
+
+def test_a_prompt_in_chunks_writes_the_same(start: Start) -> None:
+    expected, _ = start(has_connector=False).generate(PROMPTS)
+    engine = start(max_num_batched_tokens=128, enable_chunked_prefill=True)
+    assert engine.generate(PROMPTS)[0] == expected
+    engine.forget()
+    assert engine.generate(PROMPTS) == (expected, whole_blocks(64))
+    engine.calm()
+
+
+def test_prompts_of_whole_blocks_leave_a_token_to_compute(start: Start) -> None:
+    prompts = [prompt_of(20, 256), prompt_of(21, 64)]
+    engine = start()
+    cold, _ = engine.generate(prompts)
+    engine.forget()
+    assert engine.generate(prompts) == (cold, [192, 0])
+    engine.calm()
+
+
+def test_another_salt_finds_nothing(start: Start) -> None:
+    engine = start()
+    cold, _ = engine.generate(PROMPTS, cache_salt="one")
+    engine.forget()
+    assert engine.generate(PROMPTS, cache_salt="two") == (cold, [0, 0, 0])
+    engine.forget()
+    assert engine.generate(PROMPTS, cache_salt="one") == (cold, whole_blocks(64))
+    engine.calm()
+
+
+def test_gemma3_with_two_groups_of_layers_writes_the_same(start: Start, tmp_path: Path) -> None:
+    engine = start("gemma3", disk=tmp_path)
+    assert len(engine.half._groups) == 2
+    cold, _ = engine.generate(PROMPTS)
+    assert engine.generate(PROMPTS)[0] == cold
+    engine.forget()
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(64))
+    engine.forget()
+    engine.forget_memory()
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(64)), "from the disk"
+    engine.calm()
+    engine = start("gemma3", disk=tmp_path)
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(64)), "in a fresh engine"
+    engine.calm()
+
+
+def test_deepseek_writes_what_a_hit_in_the_engines_own_cache_does(start: Start) -> None:
+    """One request at a time: in bfloat16 the text depends on which requests share a step."""
+    engine = start("deepseek", dtype="bfloat16")
+    engine.generate(PROMPTS)
+    local = [engine.generate([prompt]) for prompt in PROMPTS]
+    cached = [num_cached for _, (num_cached,) in local]
+    assert cached == whole_blocks(engine.half._block_tokens), "the kernel chooses the size"
+    engine.forget()
+    assert [engine.generate([prompt]) for prompt in PROMPTS] == local
+    engine.calm()
