@@ -69,9 +69,12 @@ def test_urgent_jobs_go_before_those_that_wait(copy_job: MakeJob, box: Any, gate
         channel.send(copy_job(job_id))
     for job_id in (3, 4):
         channel.send(copy_job(job_id, is_urgent=True))
+    gated.wait_until_started(0, 3)
+    assert gated.started == [0, 3], "it has a thread of its own, and one job of a route runs at a time"
     gated.let_all()
     assert channel.close(PATIENCE_S)
-    assert gated.started == [0, 3, 4, 1, 2]
+    assert [job_id for job_id in gated.started if job_id < 3] == [0, 1, 2]
+    assert [job_id for job_id in gated.started if job_id >= 3] == [3, 4]
 
 
 def test_small_urgent_jobs_run_in_the_callers_thread_before_send_returns(copy_job: MakeJob, box: Any) -> None:
