@@ -136,25 +136,26 @@ class Lease:
         self._row = row
         self._views: dict[int, weakref.ref[Any]] = {}  # by id: arrays have no hash, so neither have these
         self._is_free = asyncio.Event()
-        self._is_free.set()
+        self._is_awaited = False
 
     def lend(self) -> npt.NDArray[np.uint8]:
         """Give a view; it must go straight to the client, for whoever keeps it keeps the lease open."""
         view: npt.NDArray[np.uint8] = self._row.view()
         ref = weakref.ref(view, self._on_gone)
         self._views[id(ref)] = ref
-        self._is_free.clear()
         return view
 
     async def ended(self) -> None:
         """Wait until nobody has a view."""
-        await self._is_free.wait()
+        while self._views:
+            self._is_free.clear()
+            self._is_awaited = True  # before it looks again: whoever lets go meanwhile looks at this afterwards
+            if self._views:
+                await self._is_free.wait()
 
     def _on_gone(self, ref: weakref.ref[Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._drop, id(ref))
-
-    def _drop(self, key: int) -> None:
-        del self._views[key]
-        if not self._views:
-            self._is_free.set()
+        """See that a view is gone, in whichever thread; as a rule before anybody waits, and then the loop sleeps on."""
+        self._views.pop(id(ref), None)
+        if self._is_awaited and not self._views:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._is_free.set)
