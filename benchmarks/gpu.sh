@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Builds, installs, tests, sanitizes, tunes and measures on a machine with a GPU; no network is needed. At most 25 min.
 #
-#   benchmarks/gpu.sh [--simulated] [FOLDER]
+#   benchmarks/gpu.sh [--simulated] [--steps NAME,NAME] [--budget SECONDS] [FOLDER]
 #
 # FOLDER gets a log of each step and the figures; default: benchmarks/results/gpu. Prints a table of steps, and exits
-# with 1 when one failed or ran out of time. --simulated tries all of it out without a GPU: what needs one is "not run".
+# with 1 when one failed, ran out of time or missed a bar. --simulated tries all of it out without a GPU: what needs one
+# is "not run". --steps runs some of build, info, tests, tune, bench, memcheck and racecheck, for machines on which one
+# command may take only so long: what an earlier command built and tuned stays. --budget is for all steps of a command.
 # PYTHON names another interpreter. It needs Cython, scikit-build-core, cmake, ninja, numpy, msgspec, typer, rich,
 # hypothesis and pytest; besides nvcc, compute-sanitizer, a C++ compiler and timeout (coreutils).
 set -uo pipefail
@@ -13,19 +15,29 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 device=cuda
 folder=$root/benchmarks/results/gpu
-for argument in "$@"; do
-  case $argument in
+all_steps=build,info,tests,tune,bench,memcheck,racecheck
+steps=$all_steps
+budget_s=1500
+refuse() { echo "$1: benchmarks/gpu.sh [--simulated] [--steps NAME,NAME] [--budget SECONDS] [FOLDER]" >&2; exit 2; }
+while (($#)); do
+  case $1 in
     --simulated) device=simulated ;;
-    -*) echo "$argument is no option: benchmarks/gpu.sh [--simulated] [FOLDER]" >&2; exit 2 ;;
-    *) folder=$argument ;;
+    --steps) shift; steps=${1:-}
+      for name in ${steps//,/ }; do [[ ,$all_steps, == *,$name,* ]] || refuse "$name is no step of $all_steps"; done
+      [[ -n ${steps//,/} ]] || refuse "--steps needs some of $all_steps" ;;
+    --budget) shift; budget_s=${1:-}
+      [[ $budget_s =~ ^[1-9][0-9]*$ ]] || refuse "--budget needs a number of seconds" ;;
+    -*) refuse "$1 is no option" ;;
+    *) folder=$1 ;;
   esac
+  shift
 done
 mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || exit 2
 python=$(command -v "$python") || { echo "there is no $python: set PYTHON" >&2; exit 2; }
 
 export KVBM_DEVICE=$device PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # where toolkits put compute-sanitizer
 unset PYTHONPATH KVBM_BACKEND KVBM_NATIVE
-budget_s=1500
 began=$SECONDS
 rows=()
 has_failed=0
@@ -39,6 +51,10 @@ note() { # step, result, seconds, log
 step() {
   local name=$1 limit=$2 start=$SECONDS code left
   shift 2
+  if [[ ,$steps, != *,$name,* ]]; then
+    note "$name" "left out" 0 "--steps"
+    return 0
+  fi
   left=$((budget_s - SECONDS + began))
   if ((left < 5)); then
     note "$name" "NO TIME" 0 "the $budget_s s of all steps are over"
@@ -89,7 +105,7 @@ else
 fi
 plot=()
 "$python" -c "import matplotlib" 2>/dev/null && plot=(--plot "$folder/gpu.png")
-step bench 270 "${kvbm[@]}" bench gpu --json "$folder/gpu.json" ${plot[@]+"${plot[@]}"}
+step bench 270 "${kvbm[@]}" bench gpu --bars --json "$folder/gpu.json" ${plot[@]+"${plot[@]}"}
 
 # Single launches with known inputs; the random ones repeat them, some fifty times slower under the sanitizer.
 for tool in memcheck racecheck; do

@@ -1,5 +1,5 @@
-// The batched copy of the driver, which the oldest CUDA that kvbm builds with does not know: it is looked up by name
-// when it is first asked for. CUDA 12.8 named it without a suffix and with one parameter more than CUDA 13.
+// What is looked up in the driver by name, when it is first asked for. The batched copy, which the oldest CUDA that kvbm
+// builds with does not know: CUDA 12.8 named it without a suffix and with one parameter more than CUDA 13.
 #ifndef KVBM_BATCH_COPY_H
 #define KVBM_BATCH_COPY_H
 
@@ -9,6 +9,9 @@
 #include <cstdint>
 
 namespace kvbm {
+
+// What the driver's library gives for a name; NULL for one that it lacks, and where there is no driver.
+void* find_driver_symbol(const char* name);
 
 bool has_batch_copy();
 // One call for `count` runs; the arrays are read before it returns. cudaErrorNotSupported where the driver lacks it.

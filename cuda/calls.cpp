@@ -12,6 +12,7 @@
 
 #include "batch_copy.h"
 #include "device_calls.h"
+#include "kernels.h"
 
 namespace kvbm {
 namespace {
@@ -27,6 +28,28 @@ struct Registrations {
 Registrations& registrations() {
   static Registrations* const all = new Registrations;
   return *all;
+}
+
+// Whether somebody in this process uses a device; yes where the driver cannot say.
+bool has_context(int device) {
+  using GetState = int (*)(int, unsigned int*, int*);
+  const auto get_state = reinterpret_cast<GetState>(find_driver_symbol("cuDevicePrimaryCtxGetState"));
+  unsigned int flags = 0;
+  int is_active = 1;
+  return get_state == nullptr || get_state(device, &flags, &is_active) != 0 || is_active != 0;
+}
+
+// The first device that somebody uses, -1 where there is none: calls that need no certain device need a context.
+int device_in_use() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return -1;
+  }
+  for (int device = 0; device < count; ++device) {
+    if (has_context(device)) return device;
+  }
+  return -1;
 }
 
 void copy_text(char* to, std::size_t capacity, const char* from) { std::snprintf(to, capacity, "%s", from); }
@@ -71,14 +94,22 @@ int check_process(const char* call, int device, kvbm_cuda_error* error, bool is_
 CurrentDevice::CurrentDevice(int device) {
   int before = 0;
   code_ = cudaGetDevice(&before);
-  if (code_ != cudaSuccess || before == device) return;
-  call_ = "cudaSetDevice";
-  code_ = cudaSetDevice(device);
-  if (code_ == cudaSuccess) before_ = before;
+  if (code_ != cudaSuccess) return;
+  if (before != device) {
+    call_ = "cudaSetDevice";
+    code_ = cudaSetDevice(device);
+    if (code_ != cudaSuccess) return;
+    before_ = before;
+  }
+  is_relaxed_ = cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess;
+  if (!is_relaxed_) cudaGetLastError();
 }
 
 CurrentDevice::~CurrentDevice() {
-  if (before_ >= 0) cudaSetDevice(before_);
+  cudaError_t code = is_relaxed_ ? cudaThreadExchangeStreamCaptureMode(&mode_) : cudaSuccess;
+  if (code != cudaSuccess) cudaGetLastError();
+  code = before_ >= 0 && has_context(before_) ? cudaSetDevice(before_) : cudaSuccess;
+  if (code != cudaSuccess) cudaGetLastError();
 }
 
 uint64_t nbytes_to_edge(uint64_t address, uint64_t nbytes) {
@@ -157,8 +188,10 @@ int kvbm_cuda_get_properties(int device, kvbm_cuda_properties* properties, kvbm_
 int kvbm_cuda_has_kernels(int device, int* has, kvbm_cuda_error* error) {
   *has = 0;
   return on_device(device, "cudaFuncGetAttributes", 0, error, [&] {
-    cudaFuncAttributes attributes{};
-    const cudaError_t code = cudaFuncGetAttributes(&attributes, present_kernel());
+    cudaError_t code = cudaSuccess;
+    for (const auto load : {load_copy_kernels, load_checksum_kernels, load_permute_kernels, load_fill_kernels}) {
+      if (code == cudaSuccess) code = load();
+    }
     *has = code == cudaSuccess;
     if (code != cudaErrorNoKernelImageForDevice && code != cudaErrorInvalidDeviceFunction) return code;
     cudaGetLastError();
@@ -218,7 +251,14 @@ int kvbm_cuda_pointer_kind(uint64_t address, int* kind, int* device, kvbm_cuda_e
   *device = -1;
   if (const int code = check_process("cudaPointerGetAttributes", -1, error)) return code;
   cudaPointerAttributes attributes{};
-  const cudaError_t code = cudaPointerGetAttributes(&attributes, as_pointer(address));
+  cudaError_t code = cudaSuccess;
+  if (const int used = device_in_use(); used >= 0) {
+    const CurrentDevice current(used);  // else the thread's own would get a context
+    if (current.code() != cudaSuccess) return tell(current.code(), current.call(), used, 0, error);
+    code = cudaPointerGetAttributes(&attributes, as_pointer(address));
+  } else {
+    code = cudaPointerGetAttributes(&attributes, as_pointer(address));
+  }
   if (const int failed = tell(code, "cudaPointerGetAttributes", -1, 0, error)) return failed;
   *kind = static_cast<int>(attributes.type);
   *device = attributes.type == cudaMemoryTypeUnregistered ? -1 : attributes.device;
@@ -275,8 +315,19 @@ int kvbm_cuda_event_destroy(int device, uint64_t event, kvbm_cuda_error* error) 
 }
 
 int kvbm_cuda_event_record(int device, uint64_t event, uint64_t stream, kvbm_cuda_error* error) {
-  return on_device(device, "cudaEventRecord", 0, error,
-                   [&] { return cudaEventRecord(as_event(event), as_stream(stream)); });
+  constexpr const char* kCall = "cudaEventRecord";
+  if (const int code = check_process(kCall, device, error)) return code;
+  const CurrentDevice current(device);
+  if (current.code() != cudaSuccess) return tell(current.code(), current.call(), device, 0, error);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t asked = cudaStreamIsCapturing(as_stream(stream), &status);
+  if (const int code = tell(asked, "cudaStreamIsCapturing", device, 0, error)) return code;
+  if (status != cudaStreamCaptureStatusNone) {
+    return refuse(cudaErrorStreamCaptureUnsupported,
+                  "the stream captures a graph, and copies that wait for it would be a part of that: attach another one",
+                  kCall, device, 0, error);
+  }
+  return tell(cudaEventRecord(as_event(event), as_stream(stream)), kCall, device, 0, error);
 }
 
 int kvbm_cuda_event_is_done(int device, uint64_t event, int* is_done, kvbm_cuda_error* error) {

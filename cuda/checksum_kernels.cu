@@ -194,6 +194,10 @@ cudaError_t launch_sums(const CopyRuns& runs, const Checksums& sums, int num_thr
 
 }  // namespace
 
+cudaError_t load_checksum_kernels() {
+  return load_kernels(sum_chunks_kernel<true>, sum_chunks_kernel<false>, finish_checksums_kernel);
+}
+
 cudaError_t launch_copy_checksum(const CopyRuns& runs, const Checksums& sums, int num_thread_blocks,
                                  cudaStream_t stream) {
   return launch_sums<true>(runs, sums, num_thread_blocks, stream);

@@ -89,6 +89,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+cudaError_t load_copy_kernels() { return load_kernels(copy_units_kernel); }
+
 cudaError_t launch_copy_units(const Units& units, const Tables& tables, int num_thread_blocks, cudaStream_t stream) {
   const Rows rows = rows_of(units, kSteps);
   if (rows.total == 0) return cudaSuccess;

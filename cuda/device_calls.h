@@ -17,7 +17,10 @@ int refuse(cudaError_t code, const char* text, const char* call, int device, uin
 // this process is from now on the one that began.
 int check_process(const char* call, int device, kvbm_cuda_error* error, bool is_use = true);
 
-// Makes a device current for one scope.
+// Makes a device current for one scope, and the thread one whose calls spoil nobody's capture of a graph: while an engine
+// captures, in CUDA's default mode, a cudaMalloc or cudaHostRegister of any other thread would fail and end the capture.
+// A device that nobody uses is not made current again: that would give it a context, some 500 MiB of its memory for
+// each worker of a machine. Such a thread stays on the device it worked on.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device);
@@ -29,6 +32,8 @@ class CurrentDevice {
 
  private:
   int before_ = -1;  // to go back to; -1: nothing was changed
+  bool is_relaxed_ = false;
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // to go back to, once exchanged
   cudaError_t code_ = cudaSuccess;
   const char* call_ = "cudaGetDevice";
 };
@@ -51,9 +56,6 @@ inline void* as_pointer(uint64_t address) { return reinterpret_cast<void*>(addre
 uint64_t nbytes_to_edge(uint64_t address, uint64_t nbytes);
 void note_registration(uint64_t address, uint64_t nbytes);
 void forget_registration(uint64_t address);
-
-// A kernel that does nothing: whether the binary has code for a device is asked of it.
-const void* present_kernel();
 
 }  // namespace kvbm
 

@@ -10,6 +10,19 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+namespace kvbm {
+
+// Have CUDA load kernels: asking for attributes does. The first error; the last error of CUDA's stays as it is then.
+template <class... Kernels>
+cudaError_t load_kernels(Kernels... kernels) {
+  cudaError_t code = cudaSuccess;
+  cudaFuncAttributes attributes{};
+  ((code = code == cudaSuccess ? cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernels)) : code), ...);
+  return code;
+}
+
+}  // namespace kvbm
+
 #ifdef __CUDACC__
 
 #define KVBM_BOTH __host__ __device__ __forceinline__

@@ -40,6 +40,12 @@ __global__ void __launch_bounds__(1) delay_kernel(uint64_t nanoseconds) {
 
 }  // namespace
 
+#ifdef __CUDACC__
+cudaError_t load_fill_kernels() { return load_kernels(fill_kernel, delay_kernel); }
+#else
+cudaError_t load_fill_kernels() { return load_kernels(fill_kernel); }
+#endif
+
 cudaError_t launch_fill(uint64_t address, uint64_t nbytes, uint64_t seed, cudaStream_t stream) {
   if (nbytes == 0) return cudaSuccess;
   const uint64_t num_turns = ceil_div(nbytes, kThreads * sizeof(uint64_t));

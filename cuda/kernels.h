@@ -10,6 +10,13 @@
 
 namespace kvbm {
 
+// Load each file's kernels now: CUDA would do so at their first launch, and may wait for all that runs on the device
+// then. cudaErrorNoKernelImageForDevice where the binary has no code for the current one.
+cudaError_t load_copy_kernels();
+cudaError_t load_checksum_kernels();
+cudaError_t load_permute_kernels();
+cudaError_t load_fill_kernels();
+
 // Piece j of block i goes from source_blocks[i] + source_pieces[j] to destination_blocks[i] + destination_pieces[j];
 // all pieces are piece_nbytes long and stand in the source's logical order. Any alignment.
 struct CopyRuns {

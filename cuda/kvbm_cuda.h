@@ -65,6 +65,7 @@ int kvbm_cuda_stream_wait(int device, uint64_t stream, uint64_t event, kvbm_cuda
 /* Threads that wait for an event sleep; with_timing costs a little more. */
 int kvbm_cuda_event_create(int device, int with_timing, uint64_t* event, kvbm_cuda_error* error);
 int kvbm_cuda_event_destroy(int device, uint64_t event, kvbm_cuda_error* error);
+/* Refuses a stream that captures a graph: what waits for the event would become a part of that. */
 int kvbm_cuda_event_record(int device, uint64_t event, uint64_t stream, kvbm_cuda_error* error);
 int kvbm_cuda_event_is_done(int device, uint64_t event, int* is_done, kvbm_cuda_error* error);
 int kvbm_cuda_event_synchronize(int device, uint64_t event, kvbm_cuda_error* error);

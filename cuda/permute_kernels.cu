@@ -118,6 +118,8 @@ __global__ void __launch_bounds__(kThreads) permute_tiles_kernel(const Units uni
 
 }  // namespace
 
+cudaError_t load_permute_kernels() { return load_kernels(permute_tiles_kernel); }
+
 cudaError_t launch_permute(const PermuteRegions& regions, int num_thread_blocks, cudaStream_t stream) {
   if (regions.num_blocks <= 0 || regions.num_regions <= 0 || regions.num_tokens <= 0 || regions.num_heads <= 0 ||
       regions.head_nbytes <= 0)

@@ -11,8 +11,7 @@ set(KVBM_DEVICE_KERNEL_SOURCES
   ${CMAKE_CURRENT_LIST_DIR}/checksum_kernels.cu
   ${CMAKE_CURRENT_LIST_DIR}/copy_kernels.cu
   ${CMAKE_CURRENT_LIST_DIR}/fill_kernels.cu
-  ${CMAKE_CURRENT_LIST_DIR}/permute_kernels.cu
-  ${CMAKE_CURRENT_LIST_DIR}/present.cu)
+  ${CMAKE_CURRENT_LIST_DIR}/permute_kernels.cu)
 set(KVBM_SIMULATION_SOURCES
   ${CMAKE_CURRENT_LIST_DIR}/simulated/copies.cpp
   ${CMAKE_CURRENT_LIST_DIR}/simulated/devices.cpp

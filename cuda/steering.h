@@ -28,6 +28,10 @@ static inline int kvbm_simulated_mode(void) { return 0; }
 static inline void kvbm_simulated_set_num_devices(int n) { (void)n; }
 static inline int kvbm_simulated_num_devices(void) { return 0; }
 static inline int kvbm_simulated_current_device(void) { return 0; }
+static inline int kvbm_simulated_has_context(int device) { return (void)device, 0; }
+static inline int kvbm_simulated_capture_mode(void) { return 0; }
+static inline void kvbm_simulated_set_capturing(int is_capturing, uint64_t stream) { (void)is_capturing, (void)stream; }
+static inline int kvbm_simulated_capturing(void) { return 0; }
 static inline void kvbm_simulated_set_total_nbytes(uint64_t nbytes) { (void)nbytes; }
 static inline uint64_t kvbm_simulated_total_nbytes(void) { return 0; }
 static inline void kvbm_simulated_set_batch_copy(int version) { (void)version; }

@@ -5,6 +5,7 @@ blocks pass through a small staging ring on their way. The suite `kvbm.testing.s
 ``docs/extending.md`` shows how. Run it: ``python examples/custom_storage.py``.
 """
 
+import os
 import zlib
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy.typing as npt
 import kvbm
 from kvbm.storage.base import Storage
 from kvbm.types import IdArray, Tier
+
+os.environ["KVBM_DEVICE"] = "cpu"  # NumPy looks into blocks here, and sees none in a GPU's memory
 
 
 class CompressedStorage(Storage):

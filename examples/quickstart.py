@@ -3,9 +3,13 @@
 Run it: ``python examples/quickstart.py``.
 """
 
+import os
+
 import numpy as np
 
 import kvbm
+
+os.environ["KVBM_DEVICE"] = "cpu"  # NumPy looks into blocks here, and sees none in a GPU's memory
 
 SYSTEM_PROMPT = list(range(64))  # token ids: 4 full blocks of 16
 

@@ -4,11 +4,14 @@ The device tier here holds 16 blocks, a sixth of what is used. Run it: ``python 
 """
 
 import logging
+import os
 import tempfile
 
 import numpy as np
 
 import kvbm
+
+os.environ["KVBM_DEVICE"] = "cpu"  # NumPy looks into blocks here, and sees none in a GPU's memory
 
 logging.disable(logging.WARNING)  # one block is damaged on purpose below, and each such event is logged
 NUM_LAYERS, PAGE, WIDTH = 4, 16, 64

@@ -5,10 +5,14 @@ block is computed by the same operations on the same shapes, and the logits must
 Run it: ``python examples/tiny_transformer.py``.
 """
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 
 import kvbm
+
+os.environ["KVBM_DEVICE"] = "cpu"  # NumPy looks into blocks here, and sees none in a GPU's memory
 
 VOCABULARY, LAYERS, HEADS, HEAD_SIZE, PAGE = 256, 4, 4, 16, 16
 WIDTH = HEADS * HEAD_SIZE

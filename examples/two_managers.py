@@ -3,12 +3,15 @@
 Run it: ``python examples/two_managers.py``.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 import kvbm
+
+os.environ["KVBM_DEVICE"] = "cpu"  # NumPy looks into blocks here, and sees none in a GPU's memory
 
 
 def open_manager(model: str, num_layers: int, directory: Path) -> kvbm.BlockManager:

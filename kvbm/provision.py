@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from kvbm._backend import Backend
-from kvbm.config import LAYOUTS, Config, RemoteConfig, TierConfig
-from kvbm.errors import ConfigError
+from kvbm.config import LAYOUTS, Config, DeviceConfig, RemoteConfig, TierConfig
+from kvbm.config.sections import MAX_BLOCKS
+from kvbm.errors import ConfigError, StorageError
 from kvbm.fingerprint import slab_fingerprint
 from kvbm.gpu import Gpu, find_gpu
 from kvbm.layout import BlockLayout
 from kvbm.plugins import load_plugin
 from kvbm.storage.base import Storage
-from kvbm.storage.cuda import CudaStorage
+from kvbm.storage.cuda import BUFFER_ALIGNMENT, CudaStorage
 from kvbm.storage.device import DeviceStorage
 from kvbm.storage.disk.format import RECORD_NBYTES, RECORDS_AT
 from kvbm.storage.host import HostStorage
 from kvbm.types import Tier
 
+_log = logging.getLogger("kvbm.manager")
 _TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK, Tier.REMOTE)
 _PAGE_NBYTES = 4096
 
@@ -64,12 +67,18 @@ def _find_gpu(config: Config, given: Mapping[Tier, Storage]) -> Gpu | None:
         storage = given[Tier.DEVICE]
         return storage.gpu if isinstance(storage, CudaStorage) else None
     if not config.tier(Tier.DEVICE).is_present:
+        fraction = config.device.gpu_memory_fraction
+        if fraction != DeviceConfig().gpu_memory_fraction:
+            _log.warning(
+                "no device tier: device.gpu_memory_fraction=%s is given without device.kind = cuda, num_blocks or size",
+                fraction,
+            )
         return None
     kind = config.device.kind
     return find_gpu(None if kind == "auto" else kind, index=config.device.index)
 
 
-def _make_layout(config: Config, tier: Tier) -> BlockLayout:
+def _make_layout(config: Config, tier: Tier, gpu: Gpu | None) -> BlockLayout:
     model, section = config.model, config.tier(tier)
     dimensions: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -87,8 +96,27 @@ def _make_layout(config: Config, tier: Tier) -> BlockLayout:
         nbytes = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES + RECORD_NBYTES
     # Beside the slots lie the index's headers, the rest of its last page, and a lock file of one page.
     reserved = RECORDS_AT + (_PAGE_NBYTES - RECORD_NBYTES) + _PAGE_NBYTES if tier is Tier.DISK else 0
-    num_blocks = config.num_blocks_of(tier, nbytes, reserved_nbytes=reserved)
+    if tier is Tier.DEVICE and config.device.takes_share and gpu is not None:
+        num_blocks = _share_of(gpu, config.device.gpu_memory_fraction, one)
+    else:
+        num_blocks = config.num_blocks_of(tier, nbytes, reserved_nbytes=reserved)
     return _lay_out(section.layout, num_blocks=num_blocks, **dimensions)
+
+
+def _share_of(gpu: Gpu, fraction: float, one: BlockLayout) -> int:
+    """Count the blocks that fit into a share of the memory that is free now.
+
+    Of the free memory and not of all: what an engine or another process holds already is nobody's to share.
+    """
+    free_nbytes, _ = gpu.device.memory_info()
+    nbytes = int(free_nbytes * fraction) - one.num_buffers * BUFFER_ALIGNMENT  # each buffer begins on such a border
+    num_blocks = min(nbytes // (one.buffer_nbytes * one.num_buffers), MAX_BLOCKS)
+    if num_blocks < 1:
+        raise StorageError(
+            f"device.gpu_memory_fraction is {fraction} and {free_nbytes} bytes are free on {gpu.device.name}, one "
+            f"block takes {one.buffer_nbytes * one.num_buffers}: give a larger share, or the GPU less to hold"
+        )
+    return num_blocks
 
 
 def _lay_out(kind: str, **dimensions: Any) -> BlockLayout:
@@ -125,7 +153,7 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
     SlabFormatError
         The disk tier's slab is of another model or layout.
     """
-    layout = _make_layout(config, tier)
+    layout = _make_layout(config, tier, gpu)
     section = config.tier(tier)
     fingerprint = slab_fingerprint(model, layout, rank=config.runtime.rank, num_ranks=config.runtime.num_ranks)
     if tier is Tier.DISK:

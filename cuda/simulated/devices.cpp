@@ -1,6 +1,7 @@
 // Devices, errors and faults of the simulation.
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "state.h"
 
@@ -10,6 +11,7 @@ namespace {
 
 thread_local int device_of_thread = 0;
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local cudaStreamCaptureMode mode_of_thread = cudaStreamCaptureModeGlobal;
 
 struct ErrorText {
   cudaError_t code;
@@ -43,8 +45,20 @@ constexpr ErrorText kErrors[] = {
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorNotPermitted, "cudaErrorNotPermitted", "operation not permitted"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
+     "operation not permitted when stream is capturing"},
     {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
 };
+
+// What a thread may not call while another captures, unless its own mode is relaxed. CUDA names them "potentially unsafe"
+// and lists only some: here it is whatever takes or returns memory, or asks or waits for the device.
+bool is_unsafe(const char* name) {
+  for (const char* one : {"cudaMalloc", "cudaFree", "cudaHostRegister", "cudaHostUnregister", "cudaEventQuery",
+                          "cudaEventSynchronize", "cudaStreamQuery", "cudaStreamSynchronize"}) {
+    if (std::strcmp(one, name) == 0) return true;
+  }
+  return false;
+}
 
 const ErrorText& text_of(cudaError_t code) {
   static constexpr ErrorText unknown{cudaErrorUnknown, "unrecognized error code", "unrecognized error code"};
@@ -62,6 +76,16 @@ State& state() {
 }
 
 int current_device() { return device_of_thread; }
+
+int capture_mode() { return static_cast<int>(mode_of_thread); }
+
+int context_state(int device, unsigned int* flags, int* is_active) {
+  Lock lock(state().lock);
+  if (device < 0 || device >= state().num_devices) return cudaErrorInvalidDevice;
+  *flags = 0;
+  *is_active = state().devices[device].has_context ? 1 : 0;
+  return cudaSuccess;
+}
 
 cudaError_t keep(cudaError_t code) {
   if (code != cudaSuccess) last_error = code;
@@ -89,6 +113,10 @@ cudaError_t enter(Lock&, const char* name) {
   if (const cudaError_t code = injected(name)) return keep(code);
   if (all.num_devices == 0) return keep(cudaErrorNoDevice);
   if (device_of_thread >= all.num_devices) return keep(cudaErrorInvalidDevice);
+  all.devices[device_of_thread].has_context = true;
+  if (all.is_capturing && mode_of_thread != cudaStreamCaptureModeRelaxed && is_unsafe(name)) {
+    return keep(cudaErrorStreamCaptureUnsupported);
+  }
   return keep(all.devices[device_of_thread].sticky);
 }
 
@@ -119,6 +147,23 @@ cudaError_t cudaSetDevice(int device) {
   if (state().num_devices == 0) return keep(cudaErrorNoDevice);
   if (device < 0 || device >= state().num_devices) return keep(cudaErrorInvalidDevice);
   device_of_thread = device;
+  state().devices[device].has_context = true;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  Lock lock(state().lock);
+  if (const cudaError_t code = enter(lock, "cudaStreamIsCapturing")) return code;
+  const uint64_t handle = reinterpret_cast<uint64_t>(stream);
+  const bool is_active = state().is_capturing && handle != 0 && handle == state().capturing_stream;
+  *status = is_active ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  Lock lock(state().lock);
+  if (const cudaError_t code = injected("cudaThreadExchangeStreamCaptureMode")) return keep(code);
+  std::swap(*mode, mode_of_thread);
   return cudaSuccess;
 }
 

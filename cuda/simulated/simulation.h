@@ -25,6 +25,11 @@ int kvbm_simulated_mode(void);
 void kvbm_simulated_set_num_devices(int num_devices);
 int kvbm_simulated_num_devices(void);
 int kvbm_simulated_current_device(void); /* of this thread, as others in the process find it */
+int kvbm_simulated_has_context(int device);
+int kvbm_simulated_capture_mode(void); /* of this thread: 0 global, 1 thread-local, 2 relaxed */
+/* Another thread captures a graph, in the global mode, on this stream; 0: on one that is not ours. */
+void kvbm_simulated_set_capturing(int is_capturing, uint64_t stream);
+int kvbm_simulated_capturing(void);
 void kvbm_simulated_set_total_nbytes(uint64_t nbytes);
 uint64_t kvbm_simulated_total_nbytes(void);
 void kvbm_simulated_set_batch_copy(int version); /* the driver's CUDA: 0, which has none, 12 or 13 */

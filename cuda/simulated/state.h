@@ -76,6 +76,7 @@ struct Fault {
 
 struct DeviceState {
   cudaError_t sticky = cudaSuccess;
+  bool has_context = false;  // made by the first that makes the device current, or works on it
   uint64_t used_nbytes = 0;
 };
 
@@ -91,6 +92,8 @@ struct State {
   int num_devices = 1;
   int batch_copy = 13;  // the CUDA whose batched copy the driver has; 12 names it otherwise, 0 has none
   bool is_reversed = false;  // threads of a block start with the last one
+  bool is_capturing = false;  // some other thread captures a graph, in CUDA's default mode
+  uint64_t capturing_stream = 0;  // on this stream; 0: one that we do not see
   uint64_t total_nbytes = kTotalBytes;
   std::vector<DeviceState> devices{1};
   std::map<uint64_t, Range> ranges;  // by base
@@ -111,6 +114,8 @@ State& state();
 // -- calls ----------------------------------------------------------------------------------------------------------
 
 int current_device();
+int capture_mode();  // of the thread
+int context_state(int device, unsigned int* flags, int* is_active);  // cuDevicePrimaryCtxGetState
 // Keep a code for cudaGetLastError.
 cudaError_t keep(cudaError_t code);
 // What a call that works on the current device gives before it does anything: faults, no such device, sticky errors.

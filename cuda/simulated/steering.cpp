@@ -34,6 +34,25 @@ int kvbm_simulated_num_devices(void) {
 
 int kvbm_simulated_current_device(void) { return current_device(); }
 
+int kvbm_simulated_has_context(int device) {
+  unsigned int flags = 0;
+  int is_active = 0;
+  return context_state(device, &flags, &is_active) == 0 && is_active != 0;
+}
+
+int kvbm_simulated_capture_mode(void) { return capture_mode(); }
+
+void kvbm_simulated_set_capturing(int is_capturing, uint64_t stream) {
+  Lock lock(state().lock);
+  state().is_capturing = is_capturing != 0;
+  state().capturing_stream = stream;
+}
+
+int kvbm_simulated_capturing(void) {
+  Lock lock(state().lock);
+  return state().is_capturing ? 1 : 0;
+}
+
 void kvbm_simulated_set_total_nbytes(uint64_t nbytes) {
   Lock lock(state().lock);
   state().total_nbytes = nbytes;
@@ -144,6 +163,8 @@ void kvbm_simulated_reset(void) {
   all.num_devices = 1;
   all.batch_copy = 13;
   all.is_reversed = false;
+  all.is_capturing = false;
+  all.capturing_stream = 0;
   all.total_nbytes = kTotalBytes;
   all.mode = Mode::kRunning;
   all.changed.notify_all();

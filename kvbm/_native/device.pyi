@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -70,7 +72,10 @@ class Device:
         num_thread_blocks: int = ...,
         hashes: HashArray | None = ...,
         checksums: int = ...,
-    ) -> None: ...
+        wait_for: Sequence[Stream] = ...,
+        fence: Event | None = ...,
+        with_event: bool = ...,
+    ) -> Event | None: ...
     def permute(
         self,
         stream: Stream,

@@ -9,6 +9,7 @@ from every call, and its destructors touch nothing.
 
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
+from libcpp.vector cimport vector
 
 cimport numpy as cnp
 

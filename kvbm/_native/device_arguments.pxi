@@ -36,6 +36,13 @@ cdef Stream _stream(int device, uint64_t handle, bint is_owned):
     return stream
 
 
+cdef uint64_t _open_handle(Stream stream) except? 0:
+    if stream is None:
+        raise ConfigError("None is no stream, adopt the default stream by its handle 0")
+    stream.check_open()
+    return stream._handle
+
+
 cdef object _positive(name, value, least=1):
     if operator.index(value) < least:
         raise ConfigError(f"{name} is {value}, give {least} or more")

@@ -27,7 +27,7 @@ cdef class _Copies:
 
     def copy(self, Stream stream not None, source_blocks, destination_blocks, source_pieces, destination_pieces,
              piece_nbytes, *, path, source_on_device, destination_on_device, scratch=(0, 0), pinned=0, staging=(0, 0),
-             num_thread_blocks=0, hashes=None, checksums=0):
+             num_thread_blocks=0, hashes=None, checksums=0, wait_for=(), Event fence=None, with_event=False):
         """Queue the copy of blocks that are all cut alike; piece j of block i lies at blocks[i] + pieces[j].
 
         Parameters
@@ -54,11 +54,22 @@ cdef class _Copies:
             (num_blocks, 2) uint64, host: sequence hashes; checksums are computed where they are given.
         checksums : int
             Address of (num_blocks,) uint64, pinned memory, for the checksums; valid when the copy is done.
+        wait_for : sequence of Stream
+            Whose work, as queued by now, the copy waits for.
+        fence : Event, optional
+            To record on each of those, one after the other; nobody else may use it meanwhile.
+        with_event : bool
+            Make an event, and put it behind the copy.
+
+        Returns
+        -------
+        Event or None
+            The one that was asked for: all of it is one call, which takes the interpreter lock once.
 
         Raises
         ------
         ConfigError
-            There is no such path.
+            There is no such path, or there are streams to wait for and no fence.
         LayoutError, HashFormatError
             The arrays do not fit together.
         DeviceError
@@ -72,7 +83,10 @@ cdef class _Copies:
         cdef kvbm_cuda_error error = _no_error()
         cdef kvbm_cuda_plan plan
         cdef kvbm_cuda_options options
-        cdef int code
+        cdef vector[uint64_t] others
+        cdef uint64_t other, between = 0, behind = 0
+        cdef bint makes_event = with_event
+        cdef int code = 0
         sources, destinations = _pair("blocks", source_blocks, destination_blocks)
         from_pieces, to_pieces = _pair("pieces", source_pieces, destination_pieces)
         if path not in PATHS:
@@ -91,9 +105,28 @@ cdef class _Copies:
         if keys is not None:
             options.hashes = _words(keys)
             options.checksums = <uint64_t*><size_t>int(checksums)  # an address in pinned memory, as all addresses here
+        for waited in wait_for:
+            others.push_back(_open_handle(waited))
+        if others.size() > 0:
+            if fence is None:
+                raise ConfigError(f"waiting for {others.size()} streams needs a fence to record on them")
+            between = fence.open_handle()
         with nogil:
-            code = kvbm_cuda_copy(self.index, &plan, &options, &error)
+            for other in others:
+                code = kvbm_cuda_event_record(self.index, between, other, &error)
+                if code == 0:
+                    code = kvbm_cuda_stream_wait(self.index, options.stream, between, &error)
+                if code != 0:
+                    break
+            if code == 0:
+                code = kvbm_cuda_copy(self.index, &plan, &options, &error)
+            if code == 0 and makes_event:
+                code = kvbm_cuda_event_create(self.index, 0, &behind, &error)
+                if code == 0:
+                    code = kvbm_cuda_event_record(self.index, behind, options.stream, &error)
+        event = _event(self.index, behind, True) if behind != 0 else None  # given back where recording it failed
         _check(code, &error)
+        return event
 
     def permute(self, Stream stream not None, source_blocks, destination_blocks, source_regions, destination_regions,
                 *, num_tokens, num_heads, head_nbytes, source_strides, destination_strides, scratch=(0, 0), pinned=0,

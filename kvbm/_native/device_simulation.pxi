@@ -21,6 +21,10 @@ cdef extern from "steering.h" nogil:
     void kvbm_simulated_set_num_devices(int num_devices)
     int kvbm_simulated_num_devices()
     int kvbm_simulated_current_device()
+    int kvbm_simulated_has_context(int device)
+    int kvbm_simulated_capture_mode()
+    void kvbm_simulated_set_capturing(int is_capturing, uint64_t stream)
+    int kvbm_simulated_capturing()
     void kvbm_simulated_set_total_nbytes(uint64_t nbytes)
     uint64_t kvbm_simulated_total_nbytes()
     void kvbm_simulated_set_batch_copy(int version)
@@ -37,6 +41,7 @@ cdef extern from "steering.h" nogil:
     void kvbm_simulated_reset()
 
 _MODES = ("running", "stepped", "held")
+_CAPTURE_MODES = ("global", "thread_local", "relaxed")
 
 
 cdef class _Simulation:
@@ -90,6 +95,31 @@ cdef class _Simulation:
         if not 0 <= operator.index(num_devices) <= 16:
             raise ConfigError(f"the simulation has 0 to 16 devices, got {num_devices}")
         kvbm_simulated_set_num_devices(num_devices)
+
+    def has_context(self, device):
+        """Say whether a device was made current or worked on by anybody: a real one keeps memory for that."""
+        return bool(kvbm_simulated_has_context(device))
+
+    @property
+    def capture_mode(self):
+        """The thread's mode towards captures of others: "global", "thread_local" or "relaxed"."""
+        return _CAPTURE_MODES[kvbm_simulated_capture_mode()]
+
+    @property
+    def is_capturing(self):
+        """Whether some other thread captures a graph."""
+        return bool(kvbm_simulated_capturing())
+
+    def begin_capture(self, stream=None):
+        """Let some other thread capture a graph, on a stream of ours or on one that nobody sees.
+
+        Calls that would spoil the capture fail, but in a thread whose mode is relaxed.
+        """
+        kvbm_simulated_set_capturing(True, 0 if stream is None else stream.handle)
+
+    def end_capture(self):
+        """Let the capture end."""
+        kvbm_simulated_set_capturing(False, 0)
 
     @property
     def total_nbytes(self):

@@ -161,7 +161,7 @@ cdef class Stream:
         Raises
         ------
         DeviceError
-            One of them is closed, or they are of two devices.
+            One of them is closed, they are of two devices, or the stream captures a graph.
         """
         cdef kvbm_cuda_error error = _no_error()
         cdef uint64_t handle = event.open_handle()

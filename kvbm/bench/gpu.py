@@ -215,11 +215,15 @@ def run(extent: Extent | None = None, *, gpu: Gpu | None = None) -> Figures:
     return figures
 
 
+def missed_bars(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the rows that do not reach their bar."""
+    return [row["name"] for row in rows if row["name"] in BARS and not BARS[row["name"]].is_met(row)]
+
+
 def bars_line(rows: Sequence[dict[str, Any]]) -> str:
     """Say how many of the rows that have a bar reach it, and which do not."""
-    barred = [row for row in rows if row["name"] in BARS]
-    missed = [row["name"] for row in barred if not BARS[row["name"]].is_met(row)]
-    return f"bars reached: {len(barred) - len(missed)} of {len(barred)}" + (f"; not {', '.join(missed)}" * bool(missed))
+    num_barred, missed = sum(row["name"] in BARS for row in rows), missed_bars(rows)
+    return f"bars reached: {num_barred - len(missed)} of {num_barred}" + (f"; not {', '.join(missed)}" * bool(missed))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvbm._backend import Backend
 from kvbm.blocks import ImmutableBlocks
+from kvbm.config import Config
 from kvbm.manager import BlockManager
 from kvbm.storage.host import HostStorage
 from kvbm.types import HashArray
@@ -33,21 +34,17 @@ def make_manager(
     disk_blocks: int = 0,
     disk_path: str | os.PathLike[str] | None = None,
 ) -> BlockManager:
-    """Give a manager over blocks of ``"64k"`` or ``"1m"``, every other setting its default."""
-    manager = BlockManager(
-        num_layers=8,
-        page_size=SIZE_TO_TOKENS[size],
-        inner_dim=128,
-        dtype="float16",
-        device_blocks=device_blocks,
-        host_blocks=host_blocks,
-        disk_blocks=disk_blocks,
-        disk_path=disk_path,
-        model="bench" if disk_path is not None else None,
-        backend=backend,
-    )
+    """Give a manager over blocks of ``"64k"`` or ``"1m"``, the device tier in host memory, all else as by default."""
+    model = {"num_layers": 8, "block_size": SIZE_TO_TOKENS[size], "inner_dim": 128, "dtype": "float16"}
+    tree: dict[str, dict[str, Any]] = {"model": model, "device": {"kind": "cpu", "num_blocks": device_blocks}}
+    if host_blocks:
+        tree["host"] = {"num_blocks": host_blocks}
+    if disk_path is not None:
+        tree["model"]["fingerprint"] = "bench"
+        tree["disk"] = {"num_blocks": disk_blocks, "path": os.fspath(disk_path)}
+    manager = BlockManager(Config.from_dict(tree), backend=backend)
     storage = manager.storage("device")
-    assert isinstance(storage, HostStorage), "there is no other device memory in this version"
+    assert isinstance(storage, HostStorage), "the configuration says so"
     memory = storage.open_buffer(0)  # whole blocks, and blocks are 64 KiB or more
     memory.reshape(-1, 64 << 10)[...] = np.random.default_rng(5).integers(0, 256, 64 << 10, dtype=np.uint8)
     return manager

@@ -23,7 +23,13 @@ _BENCHES = {
     "disk": "reference: fio's best engine at the same block size, depth and directness; ratio: above 1 is better",
     "gpu": "reference: one large plain copy of pinned memory, in the same run",
 }
-_TAKERS = {"--path": ("disk",), "--size": ("disk", "gpu"), "--rows": ("disk", "gpu"), "--plot": ("gpu",)}
+_TAKERS = {
+    "--path": ("disk",),
+    "--size": ("disk", "gpu"),
+    "--rows": ("disk", "gpu"),
+    "--plot": ("gpu",),
+    "--bars": ("gpu",),
+}
 
 
 def bench(
@@ -47,20 +53,25 @@ def bench(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="gpu: draw the copies into this PNG file; needs matplotlib.")
     ] = None,
+    needs_bars: Annotated[
+        bool, typer.Option("--bars", help="gpu: exit with 1 where a figure does not reach its bar.")
+    ] = False,
 ) -> None:
     """Measure the store, the hashing of tokens, copies between blocks, blocks between tiers, the disk, or the GPU."""
     if what not in _BENCHES:
         raise ConfigError(f"there is no bench {what!r}, use {', '.join(_BENCHES)}")
-    given = {"--path": path, "--size": size, "--rows": names, "--plot": plot_file}
+    given = {"--path": path, "--size": size, "--rows": names, "--plot": plot_file, "--bars": needs_bars or None}
     foreign = [option for option, value in given.items() if value is not None and what not in _TAKERS[option]]
     if foreign:
         takers = "; ".join(f"{option} is for kvbm bench {' and '.join(_TAKERS[option])} alone" for option in foreign)
         raise ConfigError(f"{takers}: leave it out")
     check_json_file(json_file)
-    options = "".join(f" {option} {value}" for option, value in given.items() if value is not None)
+    options = "".join(
+        f" {option}" if value is True else f" {option} {value}" for option, value in given.items() if value is not None
+    )
     command = f"kvbm bench {what}{options}"
     if what == "gpu":
-        _bench_gpu(command, size, names, plot_file, json_file)
+        _bench_gpu(command, size, names, plot_file, json_file, needs_bars=needs_bars)
         return
     with Console(stderr=True).status(f"measuring {what}"):
         if what == "disk":
@@ -85,7 +96,13 @@ def _measure_disk(path: Path | None, size: str | None, names: str | None) -> lis
 
 
 def _bench_gpu(
-    command: str, size: str | None, names: str | None, plot_file: Path | None, json_file: Path | None
+    command: str,
+    size: str | None,
+    names: str | None,
+    plot_file: Path | None,
+    json_file: Path | None,
+    *,
+    needs_bars: bool,
 ) -> None:
     from kvbm.bench import gpu, gpu_show  # they ask for a driver
 
@@ -125,6 +142,8 @@ def _bench_gpu(
             "rows": figures.rows,
         },
     )
+    if needs_bars and not figures.is_simulated and gpu.missed_bars(figures.rows):
+        raise typer.Exit(1)  # the figures are kept, and the line above names what misses its bar
 
 
 def _names_in(text: str) -> tuple[str, ...]:

@@ -166,14 +166,30 @@ class DeviceConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         key(
             "What holds this tier: a GPU (cuda), host memory in its place (cpu), or the simulated GPU of tests; auto "
-            "asks KVBM_DEVICE, and takes a GPU where there is one.",
+            "asks KVBM_DEVICE, and takes a GPU where there is one. Naming a GPU asks for the tier: without num_blocks "
+            "and size it takes gpu_memory_fraction.",
             choices=DEVICES,
         ),
     ] = "auto"
     index: Annotated[NaturalInt, key("Which GPU, as CUDA numbers those that are visible.", "0 or more")] = 0
     gpu_memory_fraction: Annotated[
-        Share, key("Share of the GPU's memory to take where neither num_blocks nor size is given.", _SHARE)
+        Share,
+        key(
+            "Share to take of the GPU's memory that is free when the manager is made, where kind is cuda and neither "
+            "num_blocks nor size is given.",
+            _SHARE,
+        ),
     ] = 0.9
+
+    @property
+    def is_present(self) -> bool:
+        """Whether blocks were asked for: by their number or size, or as a share of a GPU that is named."""
+        return super().is_present or self.takes_share
+
+    @property
+    def takes_share(self) -> bool:
+        """Whether the number of blocks follows from `gpu_memory_fraction`."""
+        return self.num_blocks is None and self.size is None and self.kind in ("cuda", "simulated")
 
 
 class HostConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

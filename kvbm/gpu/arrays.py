@@ -80,7 +80,7 @@ def region_of(array: Any) -> Region:
     >>> region.kind, region.shape, region.strides, region.extent_nbytes
     ('host', (4, 3), (24, 4), 84)
     """
-    interface = getattr(array, "__cuda_array_interface__", None)
+    interface = _interface_of(array)
     if interface is not None:
         region = _of_interface(interface, array)
     elif hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
@@ -93,6 +93,16 @@ def region_of(array: Any) -> Region:
     if any(stride < 0 for size, stride in zip(region.shape, region.strides, strict=True) if size > 1):
         raise LayoutError(f"strides {region.strides} run backwards: give the array as it lies in memory")
     return region
+
+
+def _interface_of(array: Any) -> dict[str, Any] | None:
+    try:
+        interface: dict[str, Any] | None = getattr(array, "__cuda_array_interface__", None)
+    except Exception:  # torch raises KeyError for floats of 8 bits, which have no name there: DLPack knows them
+        if not hasattr(array, "__dlpack__"):
+            raise
+        return None
+    return interface
 
 
 def _of_interface(interface: dict[str, Any], array: Any) -> Region:

@@ -1,7 +1,8 @@
 """Device memory of our own: allocated at once, freed when the last who uses it lets go, in any order.
 
-Whoever moves bytes there keeps the object, so that closing a storage never frees memory under a copy. At interpreter
-exit what is left is freed; a child made by fork leaves it alone.
+Whoever moves bytes there keeps the object, so that closing a storage never frees memory under a copy. What is left when
+the interpreter exits is the driver's to free, once nothing runs any more: threads may still queue copies from it. A
+child made by fork leaves it alone.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class DeviceMemory:
                 f"blocks ({error})"
             ) from error
         self._finalizer = weakref.finalize(self, _free, gpu.device, self.address, os.getpid())
+        self._finalizer.atexit = False
 
     def __repr__(self) -> str:
         return f"DeviceMemory({self.nbytes} bytes on {self.gpu.device.name})"

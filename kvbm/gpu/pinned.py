@@ -2,7 +2,8 @@
 
 Registration goes slice by slice on a thread of its own, in order, so that the first slice serves while the rest is
 being pinned. A slice that cannot be registered ends that: what lies before it is pinned, the rest works as plain
-memory. The mapping lives as long as anybody holds a part of it; a child made by fork does not have it.
+memory. The mapping lives as long as anybody holds a part of it, and to the end of the process where somebody still does
+when the interpreter exits: copies may run there. A child made by fork does not have it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,11 @@ class PinnedMemory:
         self._mapped_nbytes = _up(self.nbytes, page)
         self._owner = _Owner(self.address, self.nbytes)
         # Arrays hold the owner; the last of them to go unregisters, and only then the mapping goes.
-        weakref.finalize(self._owner, _let_go, self.gpu.device, self._registered, mapping, os.getpid())
+        finalizer = weakref.finalize(self._owner, _let_go, self.gpu.device, self._registered, mapping, os.getpid())
+        finalizer.atexit = False
+        # Nothing but `_let_go` unmaps it: not the end of the interpreter, where a thread may still copy, nor a child
+        # made by fork, where something else may lie at these addresses by now.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
         self.memory = np.asarray(self._owner)
 
     def _pin_from(self, first: int) -> None:
@@ -229,7 +234,8 @@ def _let_go(device: Device, registered: list[int], mapping: mmap.mmap, pid: int)
             device.unregister_host(address)
         except Exception as error:  # a lost device has forgotten it
             _log.debug("host memory was not unregistered address=%#x error=%s", address, error)
-    del mapping
+    mapping.close()
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(mapping))
 
 
 def _populate(address: int, nbytes: int, num_threads: int) -> None:

@@ -76,6 +76,21 @@ def is_event(work: Any) -> bool:
     return hasattr(work, "cuda_event") or type(work).__name__ in _EVENT_HANDLES or type(work).__name__ == "Event"
 
 
+def as_event(gpu: Gpu, event: Any) -> Event:
+    """Give an event of our own, or any other that `is_event` knows, as one that streams take; it stays its owner's."""
+    if isinstance(event, gpu.module.Event):
+        ours: Event = event
+        return ours
+    for name in ("cuda_event", "ptr", "handle"):
+        handle = getattr(event, name, None)
+        if handle is not None:
+            break
+    number = int(event if handle is None else handle)
+    if number == 0:  # torch makes its event when it is first recorded: waiting for this one would wait for nothing
+        raise ConfigError(f"a {_kind(event)} was never recorded: record it behind the work that is to be waited for")
+    return gpu.device.adopt_event(number)
+
+
 def make_wait(gpu: Gpu, waiting: Stream, work: Any) -> None:
     """Let a stream wait for what others queued so far.
 
@@ -90,10 +105,10 @@ def make_wait(gpu: Gpu, waiting: Stream, work: Any) -> None:
     Raises
     ------
     ConfigError
-        It is neither.
+        It is neither, or an event that was never recorded.
     """
     if is_event(work):
-        waiting.wait(_as_event(gpu, work))
+        waiting.wait(as_event(gpu, work))
         return
     event = gpu.device.create_event()
     try:
@@ -101,17 +116,6 @@ def make_wait(gpu: Gpu, waiting: Stream, work: Any) -> None:
         waiting.wait(event)
     finally:  # the driver keeps what is still waited for
         event.close()
-
-
-def _as_event(gpu: Gpu, event: Any) -> Event:
-    if isinstance(event, gpu.module.Event):
-        ours: Event = event
-        return ours
-    for name in ("cuda_event", "ptr", "handle"):
-        handle = getattr(event, name, None)
-        if handle is not None:
-            return gpu.device.adopt_event(int(handle))
-    return gpu.device.adopt_event(int(event))
 
 
 def _checked(handle: Any, stream: Any) -> int:

@@ -23,7 +23,7 @@ from kvbm.layout import BlockLayout, BoundLayout
 from kvbm.storage.base import Storage, StorageCapabilities
 from kvbm.types import IdArray
 
-_ALIGNMENT = 256
+BUFFER_ALIGNMENT = 256  # of each buffer of our own
 _Part = tuple[AddressArray, AddressArray]  # what each block adds, and the address of each piece
 
 
@@ -75,7 +75,7 @@ class CudaStorage(Storage):
         self.gpu = found
         self.owners: list[Any]
         if buffers is None:
-            step = -(-layout.buffer_nbytes // _ALIGNMENT) * _ALIGNMENT
+            step = -(-layout.buffer_nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
             memory = DeviceMemory(found, (layout.num_buffers - 1) * step + layout.buffer_nbytes)
             self.owners = [memory]
             starts = [memory.address + i * step for i in range(layout.num_buffers)]
@@ -96,7 +96,7 @@ class CudaStorage(Storage):
 
     @property
     def bound(self) -> BoundLayout:
-        """The layout with the addresses of the buffers, on the device."""
+        """The layout with the addresses of the buffers, on the device; raises `StorageError` once it is closed."""
         if self._bound is None:
             raise StorageError(f"{type(self).__name__} is closed")
         return self._bound

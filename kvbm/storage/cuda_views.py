@@ -75,7 +75,10 @@ class CudaArrayView:
 
     def numpy(self) -> npt.NDArray[Any]:
         """Refuse: the processor cannot read this memory; raises `StorageError`."""
-        raise StorageError("this block lies in GPU memory: use torch.from_dlpack(view) or cupy.asarray(view)")
+        raise StorageError(
+            "this block lies in GPU memory: use torch.from_dlpack(view) or cupy.asarray(view), or store_kv and load_kv "
+            "of the manager; KVBM_DEVICE=cpu keeps the tier in host memory"
+        )
 
     def tobytes(self) -> bytes:
         """Copy the bytes to the host; waits for the work on the storage's streams."""

@@ -12,7 +12,9 @@ import numpy as np
 
 from kvbm.copyplan import CopyPlan, plan_copy
 from kvbm.transfer.engine import CopyResult
-from kvbm.transfer.queueing import Checksums, Queueing, Side, are_pinned, direction_of
+from kvbm.transfer.queueing import Checksums, Queueing
+from kvbm.transfer.routes import Route
+from kvbm.transfer.sides import Side, are_pinned, direction_of
 from kvbm.types import HashArray
 
 if TYPE_CHECKING:
@@ -29,16 +31,20 @@ class CopyJob:
         One of them at least is a GPU's. Making this waits for host memory that is still being pinned.
     names : (num_blocks, 2) uint64, optional
         Sequence hashes; None computes no checksums.
+    route : Route, optional
+        Of the two storages: remembers what the copy of one block need not find out again.
     """
 
-    def __init__(self, plan: CopyPlan, source: Side, destination: Side, names: HashArray | None) -> None:
+    def __init__(
+        self, plan: CopyPlan, source: Side, destination: Side, names: HashArray | None, route: Route | None = None
+    ) -> None:
         self.plan = plan
         self.source = source
         self.destination = destination
         self.direction = direction_of(source, destination)
         self._is_pinned = are_pinned(source, destination)
-        compares = source.storage.keeps_checksums and bool(source.storage.has_checksum[source.ids].any())
-        self._names = names if compares or destination.storage.keeps_checksums else None
+        self._route = route
+        self._names = names if names is not None and _uses_checksums(source, destination) else None
         self._found: Checksums | None = None  # in the source's order
         self._kept: Checksums | None = None  # in the destination's, where that differs
 
@@ -51,15 +57,23 @@ class CopyJob:
             if names is not None:
                 self._found = checksum_on_device(stream, parts, self.source, self.destination, names)
         else:
-            self._found = parts.copy(
-                stream, plan, (self.source, self.destination), is_pinned=self._is_pinned, hashes=names
-            )
+            sides, path = (self.source, self.destination), None
+            if self._route is not None and self._is_pinned:
+                path = self._route.path_of(plan, self.direction)
+            self._found = parts.copy(stream, plan, sides, is_pinned=self._is_pinned, hashes=names, path=path)
         if is_permute and names is not None and self.destination.storage.keeps_checksums:
             self._kept = checksum_on_device(stream, parts, self.destination, self.source, names)
 
     def conclude(self) -> CopyResult:
         """Compare what was found with what the source keeps, and let the destination keep it."""
         return conclude(self.plan, self.source, self.destination, self._found, self._kept)
+
+
+def _uses_checksums(source: Side, destination: Side) -> bool:
+    """Tell whether there is one to compare with, or a place to keep it."""
+    if destination.storage.keeps_checksums:
+        return True
+    return source.storage.keeps_checksums and bool(source.storage.has_checksum[source.ids].any())
 
 
 def checksum_on_device(stream: Stream, parts: Queueing, order: Side, other: Side, hashes: HashArray) -> Checksums:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,19 +20,21 @@ import numpy.typing as npt
 from kvbm.copyplan import CopyPlan, plan_copy
 from kvbm.errors import ConfigError, LayoutError, PoolClosed, TransferError, TransferTimeout, length_mismatch
 from kvbm.gpu import Gpu, as_stream
-from kvbm.gpu.streams import make_wait
 from kvbm.jobs import Transfer
 from kvbm.storage.base import Storage
 from kvbm.transfer.choose import PathTable
 from kvbm.transfer.engine import CopyResult, TransferEngine
 from kvbm.transfer.gpu_copy import CopyJob
 from kvbm.transfer.lanes import Lane, Submission
-from kvbm.transfer.queueing import Checksums, GpuMeans, Queueing, Side, StagingMemory, memory_of
+from kvbm.transfer.queueing import Checksums, GpuMeans, Queueing, StagingMemory
+from kvbm.transfer.routes import Route, RouteCache
 from kvbm.transfer.scratch import ScratchPool
+from kvbm.transfer.sides import Side, memory_of, streams_of
+from kvbm.transfer.waiting import LaneTransfer
 from kvbm.types import HashArray, IdArray, hash_array
 
 if TYPE_CHECKING:
-    from kvbm._backend import Stream
+    from kvbm._backend import Event, Stream
 
 _log = logging.getLogger("kvbm.transfer")
 
@@ -80,6 +83,8 @@ class GpuTransferEngine:
         self._host = host_engine
         self._own_host: TransferEngine | None = None
         self.means = GpuMeans(gpu, table, ScratchPool(gpu), num_thread_blocks, staging_nbytes)
+        self.means.scratch.prepare()  # now, so that no transfer waits for it
+        self._routes = RouteCache(self.means)
         least, greatest = gpu.device.priorities
         # Decoding runs at the default priority, 0 or thereabouts: what waits for a prefill may go before it.
         priorities = {"down": least, "up": least, "expedited": greatest}
@@ -94,7 +99,7 @@ class GpuTransferEngine:
             )
             for name, priority in priorities.items()
         }
-        self._staging = {name: StagingMemory(gpu) for name in priorities}
+        self._staging = {name: StagingMemory(gpu, staging_nbytes) for name in priorities}
         self._lost: Exception | None = None  # why the device does nothing more
         self._is_closed = False
 
@@ -149,7 +154,8 @@ class GpuTransferEngine:
         Notes
         -----
         Stream-ordered: returns as soon as the copy is queued. Waits for room while too much is under way, and for host
-        memory that is still being pinned.
+        memory that is still being pinned. Who then waits without a limit finishes the transfer in his own thread;
+        otherwise the lane's does, once somebody looks at the transfer or lets go of it.
         """
         waits, followers = list(wait_for), list(then)
         if not (source.capabilities.is_gpu or destination.capabilities.is_gpu):
@@ -160,14 +166,15 @@ class GpuTransferEngine:
             )
         streams = [as_stream(self.gpu, stream) for stream in followers]
         held = [memory_of(source), memory_of(destination)]  # a storage may be closed meanwhile
-        plan, names = self.plan(source, destination, source_ids, destination_ids, hashes)
-        origin = Side(source, np.array(source_ids, dtype=np.int32))
-        target = Side(destination, np.array(destination_ids, dtype=np.int32))
+        route = self._route(source, destination)
+        plan = route.plan(source_ids, destination_ids)
+        names = _names_for(plan, hashes)
+        origin, target = Side(source, source_ids), Side(destination, destination_ids)
         if destination.keeps_checksums:
             destination.has_checksum[target.ids] = False
         if not plan.num_blocks:
             return Transfer.completed(CopyResult(0, 0, np.ones(0, dtype=np.bool_)))
-        job = CopyJob(plan, origin, target, names)
+        job = CopyJob(plan, origin, target, names, route)
         return self._submit_copy(job, held, deadline_s=deadline_s, is_urgent=is_urgent, waits=waits, followers=streams)
 
     def compute_checksums(self, storage: Storage, block_ids: IdArray, hashes: HashArray) -> npt.NDArray[np.uint64]:
@@ -176,16 +183,17 @@ class GpuTransferEngine:
             return self.host_engine.compute_checksums(storage, block_ids, hashes)
         held = memory_of(storage)
         plan = plan_copy(storage.bound, storage.bound, block_ids, block_ids)
-        names, side = hash_array(hashes), Side(storage, np.array(block_ids, dtype=np.int32))
+        names, side = hash_array(hashes), Side(storage, block_ids)
         if not plan.num_blocks:
             return np.empty(0, dtype=np.uint64)
         transfer: Transfer[npt.NDArray[np.uint64]] = Transfer()
         parts = self.queueing("down")
         parts.held.append(held)
+        parts.wait_for(streams_of(side))
         found: list[Checksums] = []
 
-        def queue(stream: Stream) -> None:
-            self.wait_for_owners(stream, (side,))
+        def queue(stream: Stream, fence: Event) -> None:
+            parts.begin(fence)
             found.append(parts.checksum(stream, plan.source_blocks, plan.source_pieces, plan.piece_nbytes, names))
 
         def finish(error: Exception | None) -> None:
@@ -195,8 +203,11 @@ class GpuTransferEngine:
             if error is not None:
                 transfer.set_exception(self.failure(plan.num_blocks, error))
 
-        submission = self.submit("down", queue, finish)
-        submission.wait()
+        submission = self.submit("down", queue, finish, hands_over=False)
+        try:
+            submission.wait()
+        finally:
+            submission.hand_over()
         return transfer.result()
 
     # -- for copies by layers, and for ourselves ---------------------------------------------------------------
@@ -205,18 +216,8 @@ class GpuTransferEngine:
         self, source: Storage, destination: Storage, source_ids: IdArray, destination_ids: IdArray, hashes: Any
     ) -> tuple[CopyPlan, HashArray | None]:
         """Check everything that `copy` refuses before a byte moves."""
-        if self._is_closed:
-            raise PoolClosed("the GPU's transfer engine is closed")
-        plan = plan_copy(source.bound, destination.bound, source_ids, destination_ids)
-        names = None if hashes is None else hash_array(hashes)
-        if names is not None and len(names) != plan.num_blocks:
-            raise length_mismatch("hashes", len(names), plan.num_blocks)
-        for storage in (source, destination):
-            if storage.capabilities.is_gpu and getattr(storage, "gpu", None) is not self.gpu:
-                raise LayoutError(
-                    f"{storage!r} lies on another GPU than this engine moves for ({self.gpu.device.name})"
-                )
-        return plan, names
+        plan = self._route(source, destination).plan(source_ids, destination_ids)
+        return plan, _names_for(plan, hashes)
 
     def queueing(self, lane: str) -> Queueing:
         """Begin a submission for a lane."""
@@ -226,15 +227,9 @@ class GpuTransferEngine:
         """Give the lane of a copy."""
         return "down" if direction == "down" else "expedited" if is_urgent else "up"
 
-    def submit(self, lane: str, queue: Any, finish: Any) -> Submission:
+    def submit(self, lane: str, queue: Any, finish: Any, **arguments: Any) -> Submission:
         """Queue on a lane; arguments as for `Lane.submit`."""
-        return self._lanes[lane].submit(queue, finish)
-
-    def wait_for_owners(self, stream: Stream, sides: Iterable[Side]) -> None:
-        """Let a stream of ours wait for the work of those who read and write this memory."""
-        for side in sides:
-            for other in getattr(side.storage, "streams", ()) if side.gpu is not None else ():
-                make_wait(self.gpu, stream, other)
+        return self._lanes[lane].submit(queue, finish, **arguments)
 
     def release(self, parts: Queueing) -> None:
         """Give a submission's scratch back, unless nobody knows any more what the device does with it."""
@@ -292,6 +287,18 @@ class GpuTransferEngine:
     ) -> None:
         self.close()
 
+    def _route(self, source: Storage, destination: Storage) -> Route:
+        """Give the route between two storages, having checked that this engine may move bytes there."""
+        if self._is_closed:
+            raise PoolClosed("the GPU's transfer engine is closed")
+        route = self._routes.between(source.bound, destination.bound)
+        for storage in (source, destination):
+            if storage.capabilities.is_gpu and getattr(storage, "gpu", None) is not self.gpu:
+                raise LayoutError(
+                    f"{storage!r} lies on another GPU than this engine moves for ({self.gpu.device.name})"
+                )
+        return route
+
     def _submit_copy(
         self,
         job: CopyJob,
@@ -302,27 +309,21 @@ class GpuTransferEngine:
         waits: list[Any],
         followers: list[Stream],
     ) -> Transfer[CopyResult]:
-        plan, source, destination = job.plan, job.source, job.destination
-        # A wait without a limit finishes the submission itself; with a deadline the lane's thread must.
-        waiting: list[Submission] = []
-
-        def finish_here() -> None:
-            waiting[0].wait()
-
-        on_wait = None if deadline_s is not None else finish_here
-        transfer: Transfer[CopyResult] = Transfer(deadline_s=deadline_s, on_wait=on_wait)
+        num_blocks = job.plan.num_blocks
+        transfer = LaneTransfer(deadline_s)
         if self._lost is not None:
-            transfer.set_exception(self.failure(plan.num_blocks, self._lost))
+            transfer.set_exception(self.failure(num_blocks, self._lost))
             return transfer
         lane = self.lane_of(job.direction, is_urgent)
         parts = self.queueing(lane)
         parts.held += held
+        parts.wait_for([*streams_of(job.source), *streams_of(job.destination), *waits])
+        owner = weakref.ref(transfer)
 
-        def queue(stream: Stream) -> None:
-            self.wait_for_owners(stream, (source, destination))
-            for work in waits:
-                make_wait(self.gpu, stream, work)
+        def queue(stream: Stream, fence: Event) -> Event | None:
+            parts.begin(fence)
             job.queue(stream, parts)
+            return parts.event
 
         def finish(error: Exception | None) -> None:
             result = None
@@ -332,16 +333,11 @@ class GpuTransferEngine:
                 except Exception as trouble:
                     error = trouble
             self.release(parts)
-            if error is not None:
-                transfer.set_exception(self.failure(plan.num_blocks, error))
-            elif result is not None:
-                transfer.set_result(result)
+            failure = None if error is None else self.failure(num_blocks, error)
+            if (told := owner()) is not None:  # else nobody is left who could ask
+                told.end(result, failure)
 
-        submission = self.submit(lane, queue, finish)
-        waiting.append(submission)
-        for follower in followers:
-            if submission.event is not None:
-                follower.wait(submission.event)
+        transfer.begin(self.submit(lane, queue, finish, followers=followers, hands_over=False, owner=transfer))
         return transfer
 
     @property
@@ -357,3 +353,13 @@ class GpuTransferEngine:
         if self._lost is None:
             self._lost = error
             _log.error("GPU lost device=%s error=%s; start the process again to use it", self.gpu.device.name, error)
+
+
+def _names_for(plan: CopyPlan, hashes: Any) -> HashArray | None:
+    """Check the sequence hashes of the blocks of a plan, where there are any."""
+    if hashes is None:
+        return None
+    names = hash_array(hashes)
+    if len(names) != plan.num_blocks:
+        raise length_mismatch("hashes", len(names), plan.num_blocks)
+    return names

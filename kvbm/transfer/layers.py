@@ -17,18 +17,18 @@ import numpy as np
 from kvbm.copyplan import CopyPlan, plan_copy
 from kvbm.errors import ConfigError, LayoutError, TransferError, length_mismatch
 from kvbm.gpu import as_stream
-from kvbm.gpu.streams import make_wait
 from kvbm.jobs import Transfer
 from kvbm.storage.base import Storage
 from kvbm.transfer.engine import CopyResult, TransferEngine
 from kvbm.transfer.gpu_copy import checksum_on_device, conclude
 from kvbm.transfer.gpu_engine import GpuTransferEngine
 from kvbm.transfer.lanes import Submission
-from kvbm.transfer.queueing import Checksums, Queueing, Side, are_pinned, direction_of, layer_plan, memory_of
+from kvbm.transfer.queueing import Checksums, Queueing, layer_plan
+from kvbm.transfer.sides import Side, are_pinned, direction_of, memory_of, streams_of
 from kvbm.types import HashArray, IdArray, hash_array
 
 if TYPE_CHECKING:
-    from kvbm._backend import Stream
+    from kvbm._backend import Event, Stream
 
 
 class LayerTransfer(ABC):
@@ -93,6 +93,8 @@ class LayerTransfer(ABC):
             There is no such layer.
         ConfigError
             It was said before.
+        CudaError, PoolClosed
+            Its copy could not be begun; the layer counts as not written.
 
         Notes
         -----
@@ -108,7 +110,11 @@ class LayerTransfer(ABC):
             if self.transfer.done():
                 self._end(is_whole=False)
                 return
-            self._copy_layer(layer, stream)
+            try:
+                self._copy_layer(layer, stream)
+            except BaseException:  # nothing is under way: it may be said again
+                self._is_written[layer] = False
+                raise
             if all(self._is_written):
                 self._end(is_whole=True)
 
@@ -166,7 +172,7 @@ def submit_layers(
     """
 
     def _sides() -> tuple[Side, Side]:  # once the ids were checked
-        return Side(source, np.array(source_ids, np.int32)), Side(destination, np.array(destination_ids, np.int32))
+        return Side(source, source_ids), Side(destination, destination_ids)
 
     is_gpu = source.capabilities.is_gpu or destination.capabilities.is_gpu
     held = [memory_of(source), memory_of(destination)]  # a storage may be closed meanwhile
@@ -219,7 +225,6 @@ class _GpuLayers(LayerTransfer):
         self._held = held
         self._waits = waits  # until the first layer is queued
         self._submissions: dict[int, Submission] = {}
-        self._errors: list[Exception] = []
 
     def wait_layer(self, layer: int, stream: Any = None) -> None:
         self._check(layer)
@@ -232,40 +237,38 @@ class _GpuLayers(LayerTransfer):
             as_stream(self._engine.gpu, stream).wait(submission.event)
             return
         submission.wait()
-        if self._errors:
-            raise self._engine.failure(self._plan.num_blocks, self._errors[0])
+        if (error := self._first_error()) is not None:
+            raise self._engine.failure(self._plan.num_blocks, error)
 
     def _copy_layer(self, layer: int, stream: Any) -> None:
         plan = layer_plan(self._plan, range(layer, layer + 1), self.num_layers)
-        waits, self._waits = self._waits, []
+        owners = [*streams_of(self._source), *streams_of(self._destination)] if stream is None else [stream]
         parts = self._begin()
+        parts.wait_for([*owners, *self._waits])
 
-        def queue(own: Stream) -> None:
-            if stream is None:
-                self._engine.wait_for_owners(own, (self._source, self._destination))
-            else:
-                waits.append(stream)
-            for work in waits:
-                make_wait(self._engine.gpu, own, work)
+        def queue(own: Stream, fence: Event) -> Event | None:
+            parts.begin(fence)
             if self._plan.kind == "permute" and self._is_pinned:
                 parts.permute(own, self._source, self._destination, range(layer, layer + 1))
             elif plan.num_blocks:
                 sides = self._source, self._destination
                 parts.copy(own, plan, sides, is_pinned=self._is_pinned, hashes=None)
+            return parts.event
 
         def finish(error: Exception | None) -> None:
-            if error is not None:
-                self._errors.append(error)
             self._engine.release(parts)
 
-        self._submissions[layer] = self._engine.submit(self._lane, queue, finish)
+        # The last submission brings the lane's thread to all of them: one waking instead of one a layer.
+        self._submissions[layer] = self._engine.submit(self._lane, queue, finish, hands_over=False)
+        self._waits = []
 
     def _finish(self, is_whole: bool) -> None:
         source, destination, names = self._source, self._destination, self._names
         parts = self._begin()
         found: list[Checksums] = []
 
-        def queue(own: Stream) -> None:
+        def queue(own: Stream, fence: Event) -> None:
+            parts.begin(fence)
             if not is_whole or names is None or not len(names):
                 return
             found.append(checksum_on_device(own, parts, source, destination, names))
@@ -274,7 +277,7 @@ class _GpuLayers(LayerTransfer):
 
         def finish(error: Exception | None) -> None:
             result = None
-            failed = error or next(iter(self._errors), None)
+            failed = error or self._first_error()
             if failed is None and is_whole:
                 first, last = (found[0], found[-1]) if found else (None, None)
                 result = conclude(self._plan, source, destination, first, last)
@@ -286,7 +289,16 @@ class _GpuLayers(LayerTransfer):
             else:
                 self.transfer.set_landed()
 
-        self._engine.submit(self._lane, queue, finish)
+        try:
+            self._engine.submit(self._lane, queue, finish)
+        except Exception as error:  # closed, or no stream left: the layers end by themselves, and this without a lane
+            for submission in self._submissions.values():
+                submission.wait()
+            finish(error)
+
+    def _first_error(self) -> Exception | None:
+        submissions = list(self._submissions.values())
+        return next((one.error for one in submissions if one.error is not None), None)
 
     def _begin(self) -> Queueing:
         parts = self._engine.queueing(self._lane)

@@ -5,6 +5,8 @@ Nothing here waits for the device. The scratch belongs to the submission until i
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.copyplan import AddressArray, CopyPlan
+from kvbm.errors import StorageError
 from kvbm.gpu import DeviceMemory, Gpu
 from kvbm.gpu.segments import lies_in_one, parts_in_one
+from kvbm.gpu.streams import as_event, as_stream, is_event
 from kvbm.layout import BoundLayout
-from kvbm.storage.base import Storage
 from kvbm.transfer.choose import PathTable, choose_path, shape_of
 from kvbm.transfer.scratch import Scratch, ScratchPool
+from kvbm.transfer.sides import Side, direction_of
 from kvbm.types import HashArray, IdArray
 
 if TYPE_CHECKING:
-    from kvbm._backend import Stream
+    from kvbm._backend import Event, Stream
 
 Checksums = npt.NDArray[np.uint64]
-
-_NO_SEGMENTS: AddressArray = np.empty(0, dtype=np.uint64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,63 +51,40 @@ class GpuMeans:
     num_thread_blocks: int = 0
     staging_nbytes: int = 64 << 20
 
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """One side of a copy: a storage and its blocks."""
-
-    storage: Storage
-    ids: IdArray
-
-    @property
-    def gpu(self) -> Gpu | None:
-        """The GPU whose memory this is, None for host memory."""
-        return getattr(self.storage, "gpu", None) if self.storage.capabilities.is_gpu else None
-
-    @property
-    def segment_starts(self) -> AddressArray:
-        """Where allocations of somebody else's begin, which no plain copy may cross: (num_segments,) uint64."""
-        starts: AddressArray = getattr(self.storage, "segment_starts", _NO_SEGMENTS)
-        return starts
-
-    def wait_pinned(self) -> bool:
-        """Tell whether a GPU may use this memory directly, having waited until it is pinned where it will be."""
-        wait = getattr(self.storage, "wait_pinned", None)
-        return self.gpu is not None or bool(wait is not None and wait(self.ids))
-
-
-def memory_of(storage: Storage) -> Any:
-    """Give what keeps a storage's bytes alive, to be taken before its addresses are asked for."""
-    return getattr(storage, "owners" if storage.capabilities.is_gpu else "buffers", None)
-
-
-def direction_of(source: Side, destination: Side) -> str:
-    """Tell which way bytes go: "down", "up" or "across"; one side at least is a GPU's."""
-    if destination.gpu is None:
-        return "down"
-    return "up" if source.gpu is None else "across"
-
-
-def are_pinned(*sides: Side) -> bool:
-    """Tell whether a GPU may use the memory of all sides directly; waits for what is still being pinned."""
-    return not [side for side in sides if not side.wait_pinned()]
+    def path_of(self, plan: CopyPlan, direction: str, *, is_pinned: bool) -> str:
+        """Choose how to copy a plan: O(number of blocks + number of pieces)."""
+        return choose_path(self.table, shape_of(plan, direction), device=self.gpu.device, is_pinned=is_pinned)
 
 
 class StagingMemory:
-    """Device memory through which the submissions of one lane pass one after the other; made when first used."""
+    """Device memory through which the submissions of one lane pass one after the other; made when first used.
 
-    def __init__(self, gpu: Gpu) -> None:
+    Parameters
+    ----------
+    gpu : Gpu
+    nbytes : int
+    """
+
+    def __init__(self, gpu: Gpu, nbytes: int) -> None:
         self._gpu = gpu
+        self._nbytes = nbytes
         self._memory: DeviceMemory | None = None
 
     def take(self, nbytes: int) -> tuple[int, int]:
-        """Give address and size of at least this many bytes; a larger request replaces the memory.
+        """Give address and size of at least this many bytes; raises `StorageError` where there is no such memory.
 
-        The stream's order keeps submissions apart. What is replaced is freed by the driver after its use.
+        The stream's order keeps submissions apart. What is replaced is freed after its use, which waits for the whole
+        device: so the memory is as large as it will nearly ever be from the first, if there is room.
         """
         if self._memory is None or self._memory.nbytes < nbytes:
-            self._memory = DeviceMemory(self._gpu, nbytes)
+            self._memory = self._make(nbytes)
         return self._memory.address, self._memory.nbytes
+
+    def _make(self, nbytes: int) -> DeviceMemory:
+        if nbytes < self._nbytes:
+            with contextlib.suppress(StorageError):
+                return DeviceMemory(self._gpu, self._nbytes)
+        return DeviceMemory(self._gpu, nbytes)
 
     @property
     def owner(self) -> Any:
@@ -128,11 +107,41 @@ class Queueing:
         self._means = means
         self._staging = staging
         self._taken: list[Scratch] = []
+        self._others: list[Stream] = []  # to be waited for, before anything else
+        self._events: list[Event] = []
+        self._fence: Event | None = None
+        self.event: Event | None = None  # behind all that was queued, where the last call put one there
         self.held: list[Any] = []  # what must live until the submission is done
         self.paths: list[str] = []  # taken, for tests and logs
 
+    def wait_for(self, work: Iterable[Any]) -> None:
+        """Let what is queued wait for streams, for all that is on them when it is queued, and for events.
+
+        Raises
+        ------
+        ConfigError
+            Something else is among them.
+        """
+        gpu = self._means.gpu
+        for one in work:
+            if one is not None and is_event(one):
+                self._events.append(as_event(gpu, one))
+            else:
+                self._others.append(as_stream(gpu, one))
+
+    def begin(self, fence: Event) -> None:
+        """Take the event that is recorded on streams to be waited for; before anything is queued."""
+        self._fence = fence
+
     def copy(
-        self, stream: Stream, plan: CopyPlan, sides: tuple[Side, Side], *, is_pinned: bool, hashes: HashArray | None
+        self,
+        stream: Stream,
+        plan: CopyPlan,
+        sides: tuple[Side, Side],
+        *,
+        is_pinned: bool,
+        hashes: HashArray | None,
+        path: str | None = None,
     ) -> Checksums | None:
         """Queue a plan whose pieces keep their order.
 
@@ -145,14 +154,17 @@ class Queueing:
         is_pinned : bool
             The device may use the memory of both directly.
         hashes : (num_blocks, 2) uint64, optional
+        path : str, optional
+            Where it is known already; None chooses it.
 
         Returns
         -------
         (num_blocks,) uint64, pinned host, or None
             The checksums in the order of the pieces, valid when the submission is done; None without hashes.
         """
-        device, direction = self._means.gpu.device, direction_of(*sides)
-        path = choose_path(self._means.table, shape_of(plan, direction), device=device, is_pinned=is_pinned)
+        direction = direction_of(*sides)
+        if path is None:
+            path = self._means.path_of(plan, direction, is_pinned=is_pinned)
         if _crosses_borders(plan, sides, path):
             return self._copy_parts(stream, plan, sides, is_pinned=is_pinned, hashes=hashes)
         return self._copy_whole(stream, plan, direction, path, hashes)
@@ -162,6 +174,7 @@ class Queueing:
     ) -> Checksums | None:
         """Queue a plan in parts that cross no border; the checksums, which need whole blocks, on their own."""
         direction = direction_of(*sides)
+        self._wait(stream)
         for blocks, pieces in parts_in_one(
             (plan.source_blocks, plan.source_pieces, sides[0].segment_starts),
             (plan.destination_blocks, plan.destination_pieces, sides[1].segment_starts),
@@ -173,8 +186,7 @@ class Queueing:
                 source_pieces=plan.source_pieces[pieces],
                 destination_pieces=plan.destination_pieces[pieces],
             )
-            shape = shape_of(part, direction)
-            path = choose_path(self._means.table, shape, device=self._means.gpu.device, is_pinned=is_pinned)
+            path = self._means.path_of(part, direction, is_pinned=is_pinned)
             self._copy_whole(stream, part, direction, path, None)
         if hashes is None:
             return None
@@ -188,22 +200,27 @@ class Queueing:
     ) -> Checksums | None:
         """Queue a plan by a path, the checksums with it."""
         device = self._means.gpu.device
-        checksums = self._checksum_memory(plan.num_blocks) if hashes is not None else None
-        block_nbytes = len(plan.source_pieces) * plan.piece_nbytes
-        step = plan.num_blocks
+        num_blocks, num_pieces = plan.num_blocks, len(plan.source_pieces)
+        block_nbytes = num_pieces * plan.piece_nbytes
+        checksums = self._checksum_memory(num_blocks) if hashes is not None else None
+        # Plain copies have no descriptors, so without checksums nothing is to be had.
+        needs_scratch = hashes is not None or path in ("kernel", "staged")
+        step = num_blocks
         if path == "staged":
             step = max(1, min(step, self._means.staging_nbytes // block_nbytes))
-        for start in range(0, plan.num_blocks, step):
-            part = slice(start, min(start + step, plan.num_blocks))
-            num_blocks = part.stop - start
-            staging = (0, 0)
+        for start in range(0, num_blocks, step):
+            part = slice(start, min(start + step, num_blocks))
+            staging, scratch, pinned = (0, 0), (0, 0), 0
+            for event in self._take_events():
+                stream.wait(event)
             if path == "staged":
-                staging = self._staging.take(num_blocks * block_nbytes)
+                staging = self._staging.take((part.stop - start) * block_nbytes)
                 self.held.append(self._staging.owner)
-            scratch = self._take(
-                device.scratch_nbytes(num_blocks, len(plan.source_pieces), with_checksums=hashes is not None)
-            )
-            device.copy(
+            if needs_scratch:
+                nbytes = device.scratch_nbytes(part.stop - start, num_pieces, with_checksums=hashes is not None)
+                taken = self._take(nbytes)
+                scratch, pinned = (taken.device_address, taken.nbytes), taken.pinned_address
+            self.event = device.copy(
                 stream,
                 plan.source_blocks[part],
                 plan.destination_blocks[part],
@@ -213,12 +230,15 @@ class Queueing:
                 path=path,
                 source_on_device=direction != "up",
                 destination_on_device=direction != "down",
-                scratch=(scratch.device_address, scratch.nbytes),
-                pinned=scratch.pinned_address,
+                scratch=scratch,
+                pinned=pinned,
                 staging=staging,
                 num_thread_blocks=self._means.num_thread_blocks,
                 hashes=None if hashes is None else hashes[part],
                 checksums=0 if checksums is None else checksums.ctypes.data + 8 * start,
+                wait_for=self._take_others(),
+                fence=self._fence,
+                with_event=part.stop == num_blocks,
             )
         self.paths.append(path)
         return checksums
@@ -237,6 +257,7 @@ class Queueing:
         regions = _regions(here, layers), _regions(there, layers)
         device = self._means.gpu.device
         scratch = self._take(device.scratch_nbytes(len(source.ids), len(regions[0]), with_checksums=False))
+        self._wait(stream)
         layout = here.layout
         device.permute(
             stream,
@@ -261,6 +282,7 @@ class Queueing:
         device = self._means.gpu.device
         checksums = self._checksum_memory(len(blocks))
         scratch = self._take(device.scratch_nbytes(len(blocks), len(pieces), with_checksums=True))
+        self._wait(stream)
         device.checksum(
             stream,
             blocks,
@@ -281,6 +303,24 @@ class Queueing:
         self._taken = []
         self.held = []
 
+    def _wait(self, stream: Stream) -> None:
+        """Queue the waits that were asked for, unless they are queued; what follows is behind no event yet."""
+        self.event = None
+        for event in self._take_events():
+            stream.wait(event)
+        for other in self._take_others():
+            assert self._fence is not None, "it comes before anything is queued"
+            other.record(self._fence)
+            stream.wait(self._fence)
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _take_others(self) -> list[Stream]:
+        others, self._others = self._others, []
+        return others
+
     def _take(self, nbytes: int) -> Scratch:
         scratch = self._means.scratch.take(nbytes)
         self._taken.append(scratch)
@@ -294,11 +334,14 @@ def _crosses_borders(plan: CopyPlan, sides: tuple[Side, Side], path: str) -> boo
     """Tell whether the native side might join what lies in several allocations of somebody else's."""
     if path not in ("memcpy", "batch"):  # a kernel takes what the device has, piece by piece
         return False
+    if all(len(side.segment_starts) < 2 for side in sides):
+        return False
     places = (plan.source_blocks, plan.source_pieces), (plan.destination_blocks, plan.destination_pieces)
     for side, (blocks, pieces) in zip(sides, places, strict=True):
         # A batch joins runs that follow each other, a plain copy also those at one pitch.
         may_join = path == "memcpy" or getattr(side.storage, "has_adjacent_segments", False)
-        if may_join and not lies_in_one(blocks, pieces, side.segment_starts):
+        # A buffer lies in one allocation whole, so where the pieces of one block lie tells for every block.
+        if may_join and not lies_in_one(blocks[:1], pieces, side.segment_starts):
             return True
     return False
 

@@ -6,15 +6,17 @@ rather than a wait: the number of submissions in flight is bounded, so the arena
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.errors import ConfigError
+from kvbm.errors import ConfigError, KvbmError
 from kvbm.gpu import DeviceMemory, Gpu, PinnedMemory
 
+_log = logging.getLogger("kvbm.transfer")
 _ALIGNMENT = 256
 
 
@@ -119,6 +121,14 @@ class ScratchPool:
             assert offset is not None, "an empty arena takes what it was made for"
             self._num_taken += 1
             return Scratch(arena, offset, size)
+
+    def prepare(self) -> None:
+        """Make the first arena now; where that fails, the first who takes is told why."""
+        with self._lock:
+            try:
+                self._arenas.append(_Arena(self._gpu, self._arena_nbytes))
+            except KvbmError as error:
+                _log.debug("scratch was not made beforehand nbytes=%d error=%s", self._arena_nbytes, error)
 
     def give(self, scratch: Scratch) -> None:
         """Give a piece back; nothing on the device uses it any more."""

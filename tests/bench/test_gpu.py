@@ -233,6 +233,20 @@ def test_command_writes_tables_json_and_plot(gpu: Gpu, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("is_simulated", "option", "status"), [(False, ["--bars"], 1), (False, [], 0), (True, ["--bars"], 0)]
+)
+def test_missed_bars_fail_the_command_where_they_are_asked_for(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_simulated: bool, option: list[str], status: int
+) -> None:
+    assert gpu.is_usable
+    monkeypatch.setattr(bench, "run", lambda extent, gpu: figures_of(is_simulated=is_simulated))
+    file = tmp_path / "gpu.json"
+    result = CliRunner().invoke(app, ["bench", "gpu", *option, "--json", str(file)])
+    assert result.exit_code == status, result.output
+    assert json.loads(file.read_text())["command"] == " ".join(["kvbm bench gpu", *option])
+
+
 def test_command_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVBM_DEVICE", "cpu")
     result = CliRunner().invoke(app, ["bench", "gpu"])
@@ -245,6 +259,7 @@ def test_command_without_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     ("arguments", "kind", "message"),
     [
         (["copy", "--plot", "x.png"], ConfigError, "--plot is for kvbm bench gpu alone: leave it out"),
+        (["disk", "--bars"], ConfigError, "--bars is for kvbm bench gpu alone: leave it out"),
         (["gpu", "--path", "."], ConfigError, "--path is for kvbm bench disk alone: leave it out"),
         (["gpu", "--plot", "/absent/x.png"], ConfigError, "--plot /absent/x.png cannot be written"),
         (["gpu", "--size", "2G"], ConfigError, "'2G' is no size"),

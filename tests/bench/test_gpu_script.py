@@ -74,6 +74,27 @@ def test_sanitizer_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
     assert "-m gpu" in (tmp_path / "out" / "tests.log").read_text()
 
 
-def test_unknown_option_is_refused(tmp_path: Path) -> None:
-    status, results = run_script(tmp_path, "--all")
+def test_steps_that_are_not_named_are_left_out(tmp_path: Path) -> None:
+    status, results = run_script(tmp_path, "--simulated", "--steps", "tune,bench", word="-m pytest", code=3)
+    assert status == 0
+    assert [name for name, result in results.items() if result == "passed"] == ["tune", "bench"]
+    assert {result for name, result in results.items() if name in ("build", "info", "tests")} == {"left out"}
+    assert not (tmp_path / "out" / "build.log").exists()
+
+
+def test_budget_that_is_over_is_a_failure(tmp_path: Path) -> None:
+    status, results = run_script(tmp_path, "--simulated", "--budget", "4")
+    assert (status, results) == (1, {"build": "NO TIME"})
+
+
+def test_bench_fails_where_a_bar_is_missed(tmp_path: Path) -> None:
+    run_script(tmp_path, "--simulated", "--steps", "bench")
+    assert "bench gpu --bars --json" in (tmp_path / "out" / "bench.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--all"], ["--steps", "build,burn"], ["--steps", ","], ["--budget", "0"], ["--budget", "long"]]
+)
+def test_what_is_not_known_is_refused(tmp_path: Path, arguments: list[str]) -> None:
+    status, results = run_script(tmp_path, *arguments)
     assert (status, results) == (2, {})

@@ -14,6 +14,8 @@ from kvbm.config import LAYOUTS
 from kvbm.errors import BlockStateError, ConfigError, LayoutError
 from kvbm.manager import BlockManager
 
+pytestmark = pytest.mark.usefixtures("cpu_device")  # views of GPU memory: tests/gpu_tier/test_arrays.py
+
 DIMS: dict[str, Any] = {"num_layers": 3, "page_size": 4, "inner_dim": 6, "dtype": "float32", "device_blocks": 4}
 
 

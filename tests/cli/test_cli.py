@@ -84,6 +84,7 @@ def test_a_trace_cut_off_in_a_line_names_the_line(tmp_path: Path) -> None:
     run("replay", str(trace), "--requests", "1")
 
 
+@pytest.mark.usefixtures("cpu_device")  # whose storage is spoilt
 def test_wrong_bytes_fail_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from kvbm.storage import DeviceStorage
 

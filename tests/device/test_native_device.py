@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -214,3 +215,66 @@ def test_reading_past_the_end_is_refused(simulated: Gpu) -> None:
     simulated.device.free(address)
     with pytest.raises(DeviceError, match="cudaErrorInvalidValue"):
         simulated.device.read(0, 1)
+
+
+def test_thread_leaves_no_context_on_a_device_that_nobody_uses(simulated: Gpu) -> None:
+    module = simulated.module
+    module.simulation.reset()
+    module.simulation.set_num_devices(3)
+    found: list[int] = []
+
+    def work() -> None:  # as a lane of a worker for device 2 does; its thread begins on device 0
+        device = module.Device(2)
+        device.free(device.allocate(64))
+        found.append(module.simulation.current_device)
+        device.create_stream().close()
+        found.append(module.simulation.current_device)
+
+    in_thread(work)
+    in_thread(lambda: module.pointer_kind(64))
+    assert [module.simulation.has_context(i) for i in range(3)] == [False, False, True]
+    assert found == [2, 2]
+    module.Device(0)
+    in_thread(work)
+    assert found[2:] == [0, 0]  # which others use: it is theirs again
+    assert not module.simulation.has_context(1)
+    module.simulation.reset()
+    simulated.stream = simulated.device.create_stream()
+
+
+def test_calls_spoil_no_capture_of_another_thread(simulated: Gpu) -> None:
+    device, simulation = simulated.device, simulated.module.simulation
+    host = np.zeros(4096, dtype=np.uint8)
+    simulation.begin_capture()
+    address, stream, event = device.allocate(4096), device.create_stream(), device.create_event()
+    device.register_host(host.ctypes.data, host.nbytes)
+    device.copy(
+        stream, *(np.array([at], np.uint64) for at in (host.ctypes.data, address, 0, 0)), 4096,
+        path="memcpy", source_on_device=False, destination_on_device=True,
+    )  # fmt: skip
+    stream.record(event)
+    event.synchronize()
+    assert event.is_done()
+    stream.synchronize()
+    assert stream.is_idle()
+    device.unregister_host(host.ctypes.data)
+    device.free(address)
+    assert simulation.capture_mode == "global"  # the thread's own again
+    simulation.end_capture()
+
+
+def test_stream_that_captures_cannot_be_waited_for(simulated: Gpu) -> None:
+    device, simulation = simulated.device, simulated.module.simulation
+    engines, event = device.create_stream(), device.create_event()
+    simulation.begin_capture(engines)
+    with pytest.raises(DeviceError, match="the stream captures a graph"):
+        engines.record(event)
+    simulated.stream.record(event)  # others go on
+    simulation.end_capture()
+    engines.record(event)
+    event.synchronize()
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result(60)

@@ -16,6 +16,7 @@ PAGES = [
 ]
 
 
+@pytest.mark.usefixtures("cpu_device")  # as the pages say
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_of_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

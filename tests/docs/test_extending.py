@@ -25,6 +25,7 @@ def test_page_shows_suites() -> None:
     assert {"TestDictStorage", "TestAligned", "TestNewestFirst", "TestShared", "TestHeadsOnly"} <= set(globals())
 
 
+@pytest.mark.usefixtures("cpu_device")  # whose memory the allocator gives
 def test_parts_are_found_by_their_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     description = tmp_path / "my_package-1.0.dist-info"
     description.mkdir()

@@ -56,6 +56,14 @@ class Capsules:
         )
 
 
+class Nameless(Capsules):
+    """A torch tensor of 8-bit floats: its interface has no name for them."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise KeyError("torch.float8_e4m3fn")
+
+
 class BeforeOne(Capsules):
     """A producer that does not know `max_version`."""
 
@@ -96,6 +104,12 @@ def test_dlpack_of_host_cuda_and_pinned_memory_is_adopted(kind: Any, device: tup
     assert (region.address, region.shape, region.strides) == (array.ctypes.data, (4, 3), (12, 2))
     assert (region.kind, region.itemsize, region.extent_nbytes) == (name, 2, 42)
     assert region.device_index == (3 if name == "device" else None)
+
+
+def test_array_whose_interface_has_no_name_for_its_elements_is_adopted_by_dlpack() -> None:
+    data = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    region = region_of(Nameless(data, (2, 0)))
+    assert (region.address, region.shape, region.itemsize, region.kind) == (data.ctypes.data, (2, 3), 1, "device")
 
 
 def test_read_only_memory_is_known_from_the_versioned_form() -> None:

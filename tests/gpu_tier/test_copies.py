@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm._backend import Backend
-from kvbm.copyplan import plan_copy
 from kvbm.errors import ConfigError, HashFormatError, LayoutError, PoolClosed
 from kvbm.gpu import DeviceMemory, PinnedMemory, find_gpu
 from kvbm.gpu.runtime import forget_gpus
@@ -22,6 +21,7 @@ from kvbm.storage import CudaStorage, DeviceStorage, HostStorage
 from kvbm.testing.simulated_gpu import SimulatedGpu
 from kvbm.transfer import GpuTransferEngine, PathTable, TransferEngine, submit_layers
 from kvbm.transfer.choose import DIRECTIONS, PATHS, Cell, Shape, choose_path
+from kvbm.transfer.routes import Route
 
 FROM, TO = ids(6, 1, 2, 5), ids(0, 7, 3, 4)
 
@@ -160,13 +160,14 @@ def test_storages_that_are_closed_while_a_copy_is_planned_keep_their_memory(
     memory = weakref.ref(source.owners[0]), weakref.ref(destination.pinned._owner)
 
     def plan(*arguments: Any) -> Any:
-        planned = plan_copy(*arguments)
+        planned = plan_route(*arguments)
         source.close()
         destination.close()
         gc.collect()
         return planned
 
-    monkeypatch.setattr("kvbm.transfer.gpu_engine.plan_copy", plan)
+    plan_route = Route.plan
+    monkeypatch.setattr(Route, "plan", plan)
     engine = GpuTransferEngine(stepped.gpu, has_threads=False)
     if is_by_layers:
         layers = submit_layers(engine, source, destination, ids(3), ids(2), when_written=True)

@@ -9,7 +9,15 @@ import pytest
 from gpu_site import KINDS, PATIENCE_S, as_layout, ids, layout_of, names, on_gpu, on_host, random_bytes
 
 from kvbm._backend import Backend
-from kvbm.errors import ConfigError, LayoutError, TransferCancelled, TransferError, TransferTimeout
+from kvbm.errors import (
+    ConfigError,
+    CudaError,
+    LayoutError,
+    PoolClosed,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
 from kvbm.storage import DeviceStorage, HostStorage
 from kvbm.testing.simulated_gpu import SimulatedGpu
 from kvbm.transfer import GpuTransferEngine, TransferEngine, submit_layers
@@ -170,6 +178,67 @@ def test_failed_layer_fails_the_transfer(simulated: SimulatedGpu) -> None:
         layers.transfer.result(PATIENCE_S)
     assert not layers.transfer.is_draining
     engine.close()
+    source.close()
+    destination.close()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_layer_that_could_not_be_queued_fails_the_transfer(simulated: SimulatedGpu, layer: int) -> None:
+    source, destination = on_gpu(simulated.gpu, streams=()), on_host(simulated.gpu)
+    with GpuTransferEngine(simulated.gpu) as engine:
+        engine.copy(source, destination, FROM, TO).result()  # the lane has all that it needs
+        layers = submit_layers(engine, source, destination, FROM, TO, when_written=True)
+        for i in range(3):
+            if i == layer:
+                simulated.fail_call("cudaEventCreateWithFlags", 2)  # the other layers are not the worse for it
+            layers.layer_written(i)
+            if i == layer:
+                with pytest.raises(TransferError, match="cudaEventCreateWithFlags"):
+                    layers.wait_layer(i)
+        with pytest.raises(TransferError, match="cudaEventCreateWithFlags"):
+            layers.transfer.result(PATIENCE_S)
+        assert engine.lost_reason is None
+        assert engine.means.scratch.num_taken == 0
+    source.close()
+    destination.close()
+
+
+def test_layers_of_a_closed_engine_end_when_they_are_cancelled(stepped: SimulatedGpu) -> None:
+    source, destination = on_gpu(stepped.gpu, streams=()), on_host(stepped.gpu)
+    engine = GpuTransferEngine(stepped.gpu)
+    layers = submit_layers(engine, source, destination, FROM, TO, when_written=True)
+    layers.layer_written(0)
+    engine.close(PATIENCE_S)
+    with pytest.raises(PoolClosed):
+        layers.layer_written(1)
+    assert layers.cancel()
+    assert not layers.transfer.is_draining
+    with pytest.raises(TransferCancelled):
+        layers.transfer.result(0)
+    assert engine.means.scratch.num_taken == 0
+    source.close()
+    destination.close()
+
+
+def test_layer_whose_copy_could_not_begin_is_not_taken_for_copied(stepped: SimulatedGpu) -> None:
+    source, destination = on_gpu(stepped.gpu, streams=()), on_host(stepped.gpu)
+    data = random_bytes(source.layout, 3)
+    source.write(FROM, data)
+    producer = stepped.gpu.device.create_stream()
+    stepped.gpu.device.delay(producer, 0.001)
+    with GpuTransferEngine(stepped.gpu, has_threads=False) as engine:
+        layers = submit_layers(engine, source, destination, FROM, TO, when_written=True, wait_for=[producer])
+        stepped.fail_call("cudaStreamCreateWithPriority", 2)
+        with pytest.raises(CudaError, match="cudaStreamCreateWithPriority"):
+            layers.layer_written(0)
+        for layer in (1, 2, 0):
+            layers.layer_written(layer)
+        stepped.step(engine._lanes["down"].stream, 1000)
+        assert engine.settle() == 0  # what was to be waited for is not forgotten
+        stepped.run()
+        engine.settle()
+        assert layers.transfer.result(0).good.all()
+        assert (destination.read(TO) == data).all()
     source.close()
     destination.close()
 

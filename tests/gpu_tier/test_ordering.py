@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_site import PATIENCE_S, ids, on_gpu, on_host
+from gpu_site import PATIENCE_S, as_layout, ids, names, on_gpu, on_host
 
 from kvbm.errors import TransferTimeout
 from kvbm.storage import CudaStorage
 from kvbm.testing.simulated_gpu import SimulatedGpu
-from kvbm.transfer import GpuTransferEngine
+from kvbm.transfer import GpuTransferEngine, PathTable, submit_layers
+from kvbm.transfer.choose import DIRECTIONS, PATHS, Cell
 
 OLD, FRESH = 1, 2
 
@@ -19,12 +20,13 @@ OLD, FRESH = 1, 2
 class Scene:
     """A block on the GPU with old bytes, and a forward pass that writes fresh ones when it is let."""
 
-    def __init__(self, stepped: SimulatedGpu, **arguments: Any) -> None:
+    def __init__(self, stepped: SimulatedGpu, kind: str = "contiguous", path: str = "memcpy", **arguments: Any) -> None:
         self.stepped = stepped
         self.device = stepped.gpu.device
         self.source = on_gpu(stepped.gpu, **arguments)
-        self.destination = on_host(stepped.gpu)
-        self.engine = GpuTransferEngine(stepped.gpu, has_threads=False)
+        self.destination = on_host(stepped.gpu, kind)
+        table = PathTable(tuple(Cell(direction, 0, 1, (path,)) for direction in DIRECTIONS))
+        self.engine = GpuTransferEngine(stepped.gpu, table=table, has_threads=False)
         self.producer = self.device.create_stream()
         self.nbytes = self.source.layout.block_nbytes
         self.fill(self.device.create_stream(), OLD)
@@ -91,6 +93,43 @@ def test_copy_waits_for_the_work_that_fills_its_blocks(stepped: SimulatedGpu, ho
     assert transfer.result(0).num_blocks == 1
     assert (arrived == scene.bytes()).all()
     assert not (arrived == scene.old).all()
+    scene.close()
+
+
+@pytest.mark.parametrize("is_event", [False, True])
+@pytest.mark.parametrize("is_by_layers", [False, True])
+@pytest.mark.parametrize("how", [*PATHS, "permute"])
+def test_every_path_waits_for_the_work_that_fills_its_blocks(
+    stepped: SimulatedGpu, how: str, is_by_layers: bool, is_event: bool
+) -> None:
+    kind, path = ("head_major", "memcpy") if how == "permute" else ("outer_first", how)
+    scene = Scene(stepped, kind, path, streams=())
+    work: Any = scene.producer
+    if is_event:
+        work = scene.device.create_event()
+        scene.producer.record(work)
+    if is_by_layers:
+        ends = scene.source, scene.destination, ids(3), ids(0)
+        transfer = submit_layers(scene.engine, *ends, hashes=names(1), wait_for=[work]).transfer
+    else:
+        transfer = scene.copy(wait_for=[work], hashes=names(1))
+    early, arrived = scene.arrived()
+    assert not early.any()
+    assert transfer.result(0).good.all()
+    fresh = as_layout(scene.bytes()[None], scene.source.layout, scene.destination.layout)[0]
+    assert (arrived == fresh).all()
+    own = scene.engine.compute_checksums(scene.destination, ids(0), names(1))
+    assert (scene.destination.checksums[ids(0)] == own).all()
+    scene.close()
+
+
+def test_checksums_wait_for_the_work_that_fills_the_blocks(stepped: SimulatedGpu) -> None:
+    scene = Scene(stepped, streams=())
+    old = scene.engine.compute_checksums(scene.source, ids(3), names(1))
+    scene.source.attach_streams(scene.producer)
+    fresh = scene.engine.compute_checksums(scene.source, ids(3), names(1))
+    assert fresh != old
+    assert fresh == scene.engine.compute_checksums(scene.source, ids(3), names(1))
     scene.close()
 
 

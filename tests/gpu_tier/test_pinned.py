@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from gpu_site import PATIENCE_S, ids, layout_of
 
+import kvbm
 from kvbm.errors import ConfigError
 from kvbm.gpu import PinnedMemory
 from kvbm.gpu.numa import numa_node_of, prefer_node
@@ -147,6 +150,64 @@ def test_forked_child_leaves_the_memory_alone(simulated: SimulatedGpu) -> None:
     assert os.waitstatus_to_exitcode(status) == 0
     memory.memory[:] = 3
     assert simulated.gpu.module.simulation.counts()["registrations"] == 1
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(Path(kvbm.__file__).resolve().parents[1]), "KVBM_DEVICE": "simulated"}
+    return subprocess.run(
+        [sys.executable, "-c", HEAD + code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+HEAD = """
+import atexit, gc, mmap, os, sys
+import numpy as np
+from kvbm.gpu import DeviceMemory, PinnedMemory, find_gpu
+gpu = find_gpu()
+counts = gpu.module.simulation.counts
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_child_unmaps_nothing_that_it_mapped_where_its_parent_had_pinned_memory() -> None:
+    done = run(
+        """
+import ctypes
+memory = PinnedMemory(gpu, 1 << 20)
+place = memory.address
+child = os.fork()
+if child == 0:
+    map_at, number = ctypes.CDLL(None).mmap, ctypes.c_int
+    map_at.restype = ctypes.c_void_p
+    map_at.argtypes = [ctypes.c_void_p, ctypes.c_size_t, number, number, number, ctypes.c_long]
+    fixed = 0x10
+    assert map_at(place, 4096, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | fixed, -1, 0) == place
+    ctypes.memset(place, 7, 4096)
+    memory.close()
+    del memory
+    gc.collect()
+    assert ctypes.string_at(place, 4096) == bytes([7]) * 4096
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_memory_that_is_held_at_the_end_stays_for_threads_that_still_copy() -> None:
+    done = run(
+        """
+memory, device = PinnedMemory(gpu, 4096), DeviceMemory(gpu, 4096)
+array = memory.memory[:8]
+def late():
+    array[:] = 5
+    found = counts()
+    print(array.sum(), found["registrations"], found["allocations"])
+atexit._run_exitfuncs()
+late()
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "40 1 1\n", "")
 
 
 @pytest.mark.parametrize("name", ["nbytes", "slice_nbytes", "num_threads"])

@@ -95,6 +95,14 @@ def test_events_are_told_from_streams(work: Any) -> None:
     assert not is_event(None)
 
 
+def test_event_that_was_never_recorded_orders_nothing_and_is_refused(simulated: SimulatedGpu) -> None:
+    waiting = simulated.gpu.device.create_stream()
+    unrecorded = type("Event", (), {"cuda_event": 0})()
+    with pytest.raises(ConfigError, match="was never recorded: record it behind the work"):
+        make_wait(simulated.gpu, waiting, unrecorded)
+    waiting.close()
+
+
 def test_our_own_stream_is_taken_as_it_is(simulated: SimulatedGpu) -> None:
     stream = simulated.gpu.device.create_stream()
     assert as_stream(simulated.gpu, stream) is stream

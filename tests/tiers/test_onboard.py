@@ -387,6 +387,7 @@ def test_read_that_never_ends_costs_ring_slots_and_no_byte_until_it_does(make_ti
     tiers.see_idle()
 
 
+@pytest.mark.usefixtures("cpu_device")  # a layer as a NumPy array
 def test_layers_of_what_came_up_are_read_only(make_tiers: Site) -> None:
     tiers = make_tiers(device=4, host=8)
     hashes = names(2)

@@ -1,6 +1,6 @@
 """Schedules that hypothesis chooses: no wrong byte, leaked block or transfer without end (CONFORMANCE 28-32, 40).
 
-``KVBM_SCHEDULES`` is how many there are for each case; tests/soak has its own hundred thousand.
+``KVBM_SCHEDULES`` is how many there are for each case, a thousand in all; tests/soak has its own hundred thousand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvbm.planner import OffloadPolicy
 from kvbm.planner.policies import PriorityPolicy, SecondUsePolicy
 from kvbm.testing.tier_schedules import OPERATIONS, Schedule, TierSchedules
 
-NUM_SCHEDULES = int(os.environ.get("KVBM_SCHEDULES", "250"))
+NUM_SCHEDULES = int(os.environ.get("KVBM_SCHEDULES", "125"))
 SCHEDULES = st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 255)), min_size=40, max_size=120)
 SETTINGS = settings(max_examples=NUM_SCHEDULES, deadline=None, suppress_health_check=list(HealthCheck))
 

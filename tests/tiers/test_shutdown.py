@@ -215,6 +215,7 @@ def test_close_ends_a_flush_that_waits(make_tiers: Site) -> None:
     closing()
 
 
+@pytest.mark.usefixtures("cpu_device")  # a layer as a NumPy array
 def test_calls_after_close_raise_pool_closed_and_guards_still_work(make_tiers: Site) -> None:
     tiers = make_tiers(device=8, host=8, disk=16)
     manager = tiers.manager
