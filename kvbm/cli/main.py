@@ -12,6 +12,8 @@ import kvbm
 from kvbm.cli.bench import bench
 from kvbm.cli.config import config
 from kvbm.cli.disk import app as disk
+from kvbm.cli.doctor import doctor
+from kvbm.cli.explain import explain
 from kvbm.cli.info import info
 from kvbm.cli.replay import replay
 from kvbm.cli.tune import tune
@@ -24,6 +26,8 @@ app.command()(replay)
 app.command()(info)
 app.command()(bench)
 app.command()(config)
+app.command()(doctor)
+app.command()(explain)
 app.command()(tune)
 app.add_typer(disk, name="disk")
 

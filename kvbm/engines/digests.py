@@ -1,4 +1,4 @@
-"""An engine's block digests as our sequence hashes: taken as they are, cut to 16 bytes, converted once each."""
+"""An engine's block digests as our sequence hashes: their last 16 bytes as they are, converted once each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Digests:
             raise HashFormatError(f"the engine named {num_all} blocks of a request that had {num_known}")
         if num_all > num_known:
             new = digests[num_known:] if num_known else digests
-            data = b"".join([digest[:HASH_NBYTES] for digest in new])
+            data = b"".join([digest[-HASH_NBYTES:] for digest in new])
             if len(data) != HASH_NBYTES * len(new):
                 data = b"".join([self._whole(digest) for digest in new])
             if num_all > len(self._names):
@@ -73,4 +73,4 @@ class Digests:
                 f"a block digest has {len(digest)} bytes, need {HASH_NBYTES} or more: choose a cryptographic hash in "
                 "the engine (vLLM: prefix_caching_hash_algo sha256), or set allow_weak_hashes"
             )
-        return digest[:HASH_NBYTES].ljust(HASH_NBYTES, b"\0")
+        return digest[-HASH_NBYTES:].rjust(HASH_NBYTES, b"\0")

@@ -18,6 +18,8 @@ VERSION = 1
 class LoadOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True):
     """Jobs that bring the blocks of one request; when all have ended the request is to be reported as received.
 
+    A synchronous one is over before the pass of this step reads the blocks, and is not reported.
+
     Attributes
     ----------
     request_id : str
@@ -25,11 +27,14 @@ class LoadOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Group and number of jobs into the engine's memory, sent in these orders or before.
     lost_slots : list of int
         Slots that nothing will be brought to: to be reported as failed with the request.
+    is_sync : bool
+        The step's own pass reads the blocks.
     """
 
     request_id: str
     job_ids: list[tuple[int, int]] = []
     lost_slots: list[int] = []
+    is_sync: bool = False
 
 
 class HoldOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True):

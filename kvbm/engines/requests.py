@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvbm.blocks import ImmutableBlocks
 from kvbm.engines.digests import Digests
@@ -63,6 +64,31 @@ class Part:
             return not len(self.slots)
         return self.copy.done() and self.copy.exception(0) is None and bool(self.copy.result(0).all())
 
+    def has_ended(self) -> bool:
+        """Whether no byte of it moves any more."""
+        return self.staged is None and (self.copy is None or (self.copy.done() and not self.copy.is_draining))
+
+
+class Answer(NamedTuple):
+    """What was said of a request when the engine asked.
+
+    Attributes
+    ----------
+    num_computed_tokens : int
+        That the engine had.
+    num_tokens : int
+        That can be loaded behind them.
+    is_sync : bool
+        All of them lie in the host tier and may be loaded within the step.
+    until : float
+        Moment until which that holds.
+    """
+
+    num_computed_tokens: int
+    num_tokens: int
+    is_sync: bool
+    until: float
+
 
 @dataclass
 class Request:
@@ -78,18 +104,26 @@ class Request:
         Of the load that is under way, or was the last.
     saves : list of (int, EngineCopy)
         Group and copy, of those that may not have landed.
-    answer : (num_computed_tokens, num_tokens, until), optional
-        What was said of it last, and the moment until which that holds.
+    answer : Answer, optional
+        What was said of it last.
+    sources : dict of Tier to int
+        Tokens of the load by the tier that they lay in.
     lowest : Tier, optional
         The lowest tier that the load comes from.
     began_at : float
         Moment of the clock when it began.
     num_loading : int
         Tokens that it is to bring.
+    timeout_s : float
+        That it may take.
     is_ended : bool
         The engine has said so.
     has_failed : bool
         A load of it did not bring all: what is missing is computed, it does not wait again.
+    is_sync : bool
+        The load is over before the pass of the step that orders it.
+    is_stale : bool
+        Its blocks were computed from some that were forgotten since: they are not saved.
     """
 
     request_id: str
@@ -98,12 +132,16 @@ class Request:
     state: RequestState = RequestState.NEW
     parts: list[Part] = field(default_factory=list)
     saves: list[tuple[int, EngineCopy]] = field(default_factory=list)
-    answer: tuple[int, int, float] | None = None
+    answer: Answer | None = None
+    sources: dict[Tier, int] = field(default_factory=dict)
     lowest: Tier | None = None
     began_at: float = 0.0
     num_loading: int = 0
+    timeout_s: float = 0.0
     is_ended: bool = False
     has_failed: bool = False
+    is_sync: bool = False
+    is_stale: bool = False
 
     def go(self, state: RequestState) -> None:
         """Take the step to another state.
@@ -120,6 +158,10 @@ class Request:
     def has_loaded_all(self) -> bool:
         """Tell whether the load that the workers have reported brought every block that was promised."""
         return all(part.has_loaded_all() for part in self.parts)
+
+    def has_ended_load(self) -> bool:
+        """Whether no byte of the load moves any more."""
+        return all(part.has_ended() for part in self.parts)
 
     def open_saves(self) -> list[tuple[int, EngineCopy]]:
         """Give the saves whose bytes may still move, and forget the others."""

@@ -8,25 +8,25 @@ waiting: everything happens in calls of the engine's scheduler.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from kvbm.blocks import ImmutableBlocks
+from kvbm.engines.choosing import Chooser
 from kvbm.engines.digests import Digests
-from kvbm.engines.groups import Group, longest_hit
-from kvbm.engines.messages import HoldOrder, LoadOrder, StepOrders, StepReport
-from kvbm.engines.requests import Part, Request, RequestState
+from kvbm.engines.groups import Group
+from kvbm.engines.history import History
+from kvbm.engines.messages import HoldOrder, StepOrders, StepReport
+from kvbm.engines.requests import Answer, Request, RequestState
 from kvbm.engines.speed import PrefillSpeed, TierGuard
-from kvbm.errors import ConfigError, NotEnoughBlocksAvailable
-from kvbm.jobs import Transfer, encode
+from kvbm.engines.staging import Stager, ids_of
+from kvbm.errors import ConfigError
+from kvbm.jobs import encode
 from kvbm.jobs.messages import decode_result
-from kvbm.planner import EngineCopy
-from kvbm.types import HashArray, IdArray
+from kvbm.types import IdArray, Tier
 
-_log = logging.getLogger("kvbm.engines")
+_SHORTEST_S = 0.25  # that a load may take; a shorter one would end for a pause of the machine
 _ANSWER_S = 0.05  # an answer holds so long, unless the engine's own share of the prefix changes
 
 
@@ -42,7 +42,11 @@ class SchedulerCore:
     allow_weak_hashes : bool
         See `Digests`.
     timeout_s : float
-        Of a load; what has not come by then is computed.
+        Of a load at most; what has not come by then is computed. Less where computing is known to be sooner done.
+    loads_always : bool
+        Load whatever is there, even where computing is sooner: for tests, and for models that are tiny.
+    loads_in_step : bool
+        Load what lies in the host tier within the step that computes the rest; with one group of layers.
     clock : callable
         Gives seconds; monotonic.
 
@@ -51,6 +55,8 @@ class SchedulerCore:
     speed : PrefillSpeed
         To be told of the engine's steps.
     guard : TierGuard
+    history : History
+        What became of recent requests.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class SchedulerCore:
         block_tokens: int,
         allow_weak_hashes: bool = False,
         timeout_s: float = 10.0,
+        loads_always: bool = False,
+        loads_in_step: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not groups or block_tokens < 1:
@@ -69,13 +77,26 @@ class SchedulerCore:
         self._groups = tuple(groups)
         self._block_tokens = block_tokens
         self._allow_weak_hashes = allow_weak_hashes
+        self._loads_in_step = loads_in_step and len(self._groups) == 1  # of several, lost blocks cannot be named there
         self._timeout_s = timeout_s
+        self._loads_always = loads_always
         self._clock = clock
         self.speed = PrefillSpeed()
         self.guard = TierGuard(clock)
+        self.history = History(self._groups, block_tokens=block_tokens, clock=clock)
+        self._chooser = Chooser(
+            self._groups,
+            block_tokens=block_tokens,
+            speed=self.speed,
+            guard=self.guard,
+            history=self.history,
+            loads_always=loads_always,
+        )
+        self._stager = Stager(
+            self._groups, block_tokens=block_tokens, history=self.history, timeout_of=self._timeout_of, clock=clock
+        )
         self._requests: dict[str, Request] = {}
-        self._staging: dict[str, Request] = {}
-        self._loads: list[LoadOrder] = []
+        self._in_step: dict[str, Request] = {}  # whose load is over before the pass
         self._holds: list[HoldOrder] = []
         self._has_fence = False  # in the next orders
         self._needs_fence = False  # in those behind them: an engine frees what a window has left at any step
@@ -84,7 +105,7 @@ class SchedulerCore:
 
     def matched_tokens(
         self, request_id: str, digests: Sequence[bytes], *, num_tokens: int, num_computed_tokens: int
-    ) -> int:
+    ) -> tuple[int, bool]:
         """Count the tokens behind the computed ones that can be loaded; asked any number of times, changes nothing.
 
         Parameters
@@ -99,24 +120,27 @@ class SchedulerCore:
 
         Returns
         -------
-        int
+        num_tokens : int
             A multiple of the block's tokens, 0 where nothing is worth loading.
+        is_async : bool
+            Whether they come while the engine goes on with others.
         """
         if num_computed_tokens % self._block_tokens or num_tokens < 1:
-            return 0
+            return 0, False
         request = self._request(request_id)
         if request.has_failed:
-            return 0
+            return 0, False
         now, answer = self._clock(), request.answer
-        if answer is not None and answer[0] == num_computed_tokens and now < answer[2]:
-            return answer[1]
+        if answer is not None and answer.num_computed_tokens == num_computed_tokens and now < answer.until:
+            return answer.num_tokens, answer.num_tokens > 0 and not answer.is_sync
         names = request.digests.extend(digests)
         num_computed = num_computed_tokens // self._block_tokens
         most = min(len(names), (num_tokens - 1) // self._block_tokens)
-        length = self._worth_loading(names, num_computed, most) if most > num_computed else num_computed
-        num_found = (length - num_computed) * self._block_tokens
-        request.answer = num_computed_tokens, num_found, now + _ANSWER_S
-        return num_found
+        choice = self._chooser.choose(request_id, names, num_computed, most)
+        num_found = (choice.num_blocks - num_computed) * self._block_tokens
+        is_sync = self._loads_in_step and choice.is_on_top
+        request.answer = Answer(num_computed_tokens, num_found, is_sync, now + _ANSWER_S)
+        return num_found, num_found > 0 and not is_sync
 
     def allocated(
         self, request_id: str, slots: Sequence[Sequence[int]], *, num_computed_tokens: int, num_external_tokens: int
@@ -134,24 +158,28 @@ class SchedulerCore:
         if not num_external_tokens:
             return
         request = self._request(request_id)
+        is_sync = request.answer is not None and request.answer.is_sync
         if request.state is RequestState.RUNNING:
             self.preempted(request_id)  # vLLM says so of a request that it takes up again at once only in this step
-        request.go(RequestState.STAGING)
-        request.answer = None
+        request.is_sync, request.answer = is_sync, None
         first = num_computed_tokens // self._block_tokens
         last = first + num_external_tokens // self._block_tokens
-        names = request.digests.names
-        if len(names) < last:
-            raise ConfigError(f"request {request_id!r}: {last} blocks were promised, {len(names)} are named")
-        request.parts = []
-        for index, group in enumerate(self._groups):
-            begin = group.first_needed(first, last)
-            part = Part(index, np.asarray(slots[index][begin:last], dtype=np.int32))
-            request.parts.append(part)
-            part.staged = self._stage(request, group, names[begin:last])
-        request.began_at, request.num_loading = self._clock(), num_external_tokens
-        self._staging[request_id] = request
-        self._go_on(request)
+        if len(request.digests) < last:
+            raise ConfigError(f"request {request_id!r}: {last} blocks were promised, {len(request.digests)} are named")
+        self._stager.begin(request, slots, first, last)
+        if request.is_sync:
+            self._in_step[request_id] = request
+
+    def sources(self, request_id: str, num_tokens: int) -> dict[Tier, int]:
+        """Divide the tokens of a request's load by the tier that they lie in; the sum is `num_tokens`."""
+        request = self._requests.get(request_id)
+        found, left = {}, num_tokens
+        for tier, num_there in ({} if request is None else request.sources).items():
+            found[tier] = min(num_there, left)
+            left -= found[tier]
+        if left:  # what was there when the engine asked, and is no more
+            found[Tier.HOST] = found.get(Tier.HOST, 0) + left
+        return {tier: n for tier, n in found.items() if n}
 
     def computed(
         self, request_id: str, digests: Sequence[bytes], slots: Sequence[Sequence[int]], *, num_tokens: int
@@ -172,6 +200,8 @@ class SchedulerCore:
         if request.state is RequestState.NEW:
             request.go(RequestState.RUNNING)
         names = request.digests.extend(digests)
+        if request.is_stale or request_id in self._in_step:  # what is computed from a bad block must not be saved
+            return
         num_full = min(len(names), num_tokens // self._block_tokens)
         for index, group in enumerate(self._groups):
             first, request.num_offered[index] = request.num_offered[index], max(request.num_offered[index], num_full)
@@ -188,6 +218,7 @@ class SchedulerCore:
             copy = group.foreign.save(mine[places], names[first:num_full][places], parents[places])
             if copy.job_ids:
                 request.saves.append((index, copy))
+                self.history.saved(request_id, len(places))
                 self._needs_fence |= bool(group.window_blocks)
 
     def preempted(self, request_id: str) -> None:
@@ -195,7 +226,9 @@ class SchedulerCore:
         request = self._requests.get(request_id)
         if request is None:
             return
+        self.history.preempted(request_id)
         self._has_fence |= bool(request.open_saves())
+        request.is_stale = False  # all of it is computed again
         if request.state is RequestState.RUNNING:
             request.go(RequestState.NEW)
             request.answer = None
@@ -209,6 +242,7 @@ class SchedulerCore:
         if request is None or request.is_ended:
             return False
         request.is_ended = True
+        self.history.finished(request_id)
         if request.state in (RequestState.STAGING, RequestState.LOADING):
             return False  # the engine waits until the workers report it as received
         saves = request.open_saves()
@@ -216,8 +250,29 @@ class SchedulerCore:
             self._forget(request)
             return False
         request.go(RequestState.HELD)
-        self._holds.append(HoldOrder(request_id=request_id, job_ids=_ids_of(saves)))
+        self._holds.append(HoldOrder(request_id=request_id, job_ids=ids_of(saves)))
         return True
+
+    def reset(self) -> bool:
+        """Forget every block of every tier, whoever computed it; return whether that was done.
+
+        It is not while requests load blocks. Those that run go on, and what they compute is not saved. Tiers that
+        outlive the process are told with the next steps, see `has_work`.
+        """
+        planners = [group.planner for group in self._groups]
+        if self._stager.has_work or self._in_step or not all(planner.forgetter.can_forget() for planner in planners):
+            return False
+        for planner in planners:
+            planner.forgetter.forget_all()
+        for request in self._requests.values():
+            request.answer = None
+            request.is_stale = request.state is RequestState.RUNNING
+        return True
+
+    @property
+    def is_forgetting(self) -> bool:
+        """Whether tiers that outlive the process have yet to be told of a reset, or to answer."""
+        return any(group.planner.forgetter.is_forgetting for group in self._groups)
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -225,28 +280,36 @@ class SchedulerCore:
         """Give what the workers are to do in the next step."""
         for group in self._groups:
             group.planner.pump()
-        for request in list(self._staging.values()):
-            self._go_on(request)  # looks at the deadlines, too
+        self.history.step()
+        self._stager.step()
         orders = StepOrders(
             jobs=[[encode(job) for job in group.channels.take_jobs()] for group in self._groups],
-            loads=self._loads,
+            loads=self._stager.take_orders(),
             holds=self._holds,
             has_fence=self._has_fence,
         )
-        self._loads, self._holds = [], []
+        self._holds = []
         self._has_fence, self._needs_fence = self._needs_fence, False
         return orders
 
     def reported(self, report: StepReport) -> None:
         """Take a worker's report."""
         for group, results in zip(self._groups, report.results, strict=True):
-            group.channels.receive(report.rank, [decode_result(result) for result in results])
+            if results:
+                group.channels.receive(report.rank, [decode_result(result) for result in results])
+                group.planner.pump()  # what has come goes down: while that has not been sent, steps are needed
+        self._end_loads([name for name, request in self._in_step.items() if request.has_ended_load()])
 
     def received(self, request_ids: Iterable[str]) -> None:
         """Note that every worker has reported these requests as received."""
+        self._end_loads(request_ids)
+
+    def _end_loads(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             request = self._requests.get(request_id)
+            self._in_step.pop(request_id, None)
             if request is not None and request.state is RequestState.LOADING:
+                self.history.received(request)
                 request.has_failed = not request.has_loaded_all()
                 request.go(RequestState.RUNNING)
                 computing_s = self.speed.seconds(request.num_loading)
@@ -266,7 +329,7 @@ class SchedulerCore:
     def has_work(self) -> bool:
         """Whether steps are needed although the engine has nothing to compute."""
         has_jobs = any(group.channels.has_jobs for group in self._groups)
-        return bool(has_jobs or self._loads or self._holds or self._staging)
+        return bool(has_jobs or self.is_forgetting or self._holds or self._stager.has_work)
 
     @property
     def num_requests(self) -> int:
@@ -275,31 +338,12 @@ class SchedulerCore:
 
     # -- private -----------------------------------------------------------------------------------------------
 
-    def _worth_loading(self, names: HashArray, num_computed: int, most: int) -> int:
-        """Give the longest prefix, in blocks, that is there and sooner loaded than computed."""
-        present, lying = [], []
-        for group in self._groups:
-            tiers, where = group.where(names[num_computed:most])
-            closed = [index for index, tier in enumerate(tiers) if not self.guard.is_open(tier)]
-            mask = np.zeros(most, dtype=np.bool_)
-            mask[num_computed:] = (where >= 0) & ~np.isin(where, closed)
-            present.append(mask)
-            lying.append((tiers, where))
-        length = longest_hit(self._groups, present, num_computed, most)
-        tokens_per_s = self.speed.tokens_per_s
-        if tokens_per_s is None:
-            return length
-        for group, (tiers, where) in zip(self._groups, lying, strict=True):
-            if length > num_computed and group.block_nbytes and not group.window_blocks:  # windows are short
-                advice = group.planner.advisor.plan(
-                    tiers,
-                    where[: length - num_computed],
-                    tokens_per_s,
-                    block_tokens=self._block_tokens,
-                    block_nbytes=group.block_nbytes,
-                )
-                length = longest_hit(self._groups, present, num_computed, num_computed + advice.num_blocks)
-        return length
+    def _timeout_of(self, num_tokens: int) -> float:
+        """Give the seconds after which a load is given up: twice what computing its tokens takes."""
+        computing_s = None if self._loads_always else self.speed.seconds(num_tokens)
+        if computing_s is None:
+            return self._timeout_s
+        return min(self._timeout_s, max(_SHORTEST_S, 2 * computing_s))
 
     def _request(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
@@ -311,50 +355,3 @@ class SchedulerCore:
     def _forget(self, request: Request) -> None:
         request.go(RequestState.GONE)
         del self._requests[request.request_id]
-
-    def _stage(self, request: Request, group: Group, names: HashArray) -> Transfer[ImmutableBlocks]:
-        """Bring what still is there of a prefix to the host tier."""
-        hit = group.planner.match(names)
-        found = [pool.tier for pool in group.planner.pools if pool.tier.value in hit.tiers]
-        request.lowest = found[-1] if found else request.lowest
-        try:
-            return group.planner.onboard(hit, self._timeout_s)
-        except NotEnoughBlocksAvailable:  # the host tier is in use: what lies there already can be had
-            tiers, where = hit.tier_of_blocks()
-            is_below = np.array([tier is not group.planner.pools[0].tier for tier in tiers] or [False])[where]
-            hit.truncate(int(is_below.argmax()) if is_below.any() else len(hit))
-            return group.planner.onboard(hit, self._timeout_s)
-
-    def _go_on(self, request: Request) -> None:
-        """Take what has been staged on to the engine; order the load when all of it has been."""
-        for part in request.parts:
-            if part.staged is not None and part.staged.done():
-                staged, part.staged = part.staged, None
-                self._take_on(request, part, staged)
-        if any(part.staged is not None for part in request.parts):
-            return
-        del self._staging[request.request_id]
-        copies = [(part.group, part.copy) for part in request.parts if part.copy is not None]
-        lost = [slot for part in request.parts for slot in part.slots[part.num_staged :].tolist()]
-        lost = [] if request.is_ended else lost  # nobody reads them
-        request.go(RequestState.LOADING)
-        self._loads.append(LoadOrder(request_id=request.request_id, job_ids=_ids_of(copies), lost_slots=lost))
-        if lost:
-            _log.info("load shortened request_id=%s num_lost=%d", request.request_id, len(lost))
-
-    def _take_on(self, request: Request, part: Part, staged: Transfer[ImmutableBlocks]) -> None:
-        error = staged.exception(0)
-        if error is not None:
-            _log.warning("load failed request_id=%s error=%r", request.request_id, error)
-            return
-        blocks = staged.result(0)
-        if request.is_ended or not len(blocks):
-            blocks.release()
-            return
-        part.num_staged = len(blocks)
-        foreign = self._groups[part.group].foreign
-        part.copy = foreign.load(blocks, part.slots[: len(blocks)], timeout_s=self._timeout_s)
-
-
-def _ids_of(copies: Iterable[tuple[int, EngineCopy]]) -> list[tuple[int, int]]:
-    return [(group, job_id) for group, copy in copies for job_id in copy.job_ids]

@@ -4,7 +4,15 @@ Nothing is kept while nobody subscribes; a reader that falls behind gets one Gap
 """
 
 from kvbm.events.hub import EventHub, EventSubscription
-from kvbm.events.merged import MergedSubscription, MigrationLog
+from kvbm.events.merged import MergedSubscription, MigrationLog, Migrations
 from kvbm.events.types import KvEvent, KvEventType
 
-__all__ = ["EventHub", "EventSubscription", "KvEvent", "KvEventType", "MergedSubscription", "MigrationLog"]
+__all__ = [
+    "EventHub",
+    "EventSubscription",
+    "KvEvent",
+    "KvEventType",
+    "MergedSubscription",
+    "MigrationLog",
+    "Migrations",
+]

@@ -10,7 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 from kvbm.errors import PoolClosed
 from kvbm.events.hub import EventSubscription
@@ -104,6 +106,32 @@ class MigrationLog:
             tier=route[1],
             metadata={**self._metadata, "source": route[0].value},
         )
+
+
+class Migrations:
+    """Tells every open log what is stored in another tier.
+
+    Parameters
+    ----------
+    locked : callable
+        Gives the context of the planner's lock, which guards the list.
+    """
+
+    def __init__(self, locked: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._locked = locked
+        self._logs: tuple[MigrationLog, ...] = ()
+
+    def add(self, log: MigrationLog) -> None:
+        """Note in this log what moves from now on, until it is closed."""
+        with self._locked():
+            self._logs = (*(known for known in self._logs if known.is_open), log)
+
+    def moved(self, route: tuple[Tier, Tier], ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
+        """Tell of blocks that were stored, under the lock: route, slots there, hashes, parents."""
+        if not all(log.is_open for log in self._logs):
+            self._logs = tuple(log for log in self._logs if log.is_open)
+        for log in self._logs:
+            log.add(route, ids, hashes, parents)
 
 
 class MergedSubscription:

@@ -298,7 +298,7 @@ class BlockManager(TierVerbs):
             return MergedSubscription(subscriptions)
         metadata = {"model": self.model} if self.model else None
         log = MigrationLog(worker_id=self.config.runtime.worker_id, metadata=metadata, tier=only)
-        self._planner.add_log(log)
+        self._planner.migrations.add(log)
         return MergedSubscription(subscriptions, migrations=log)
 
     def check(self) -> None:

@@ -84,6 +84,7 @@ class _In:
     hashes: HashArray
     parents: HashArray
     keys: list[bytes]
+    is_unwanted: bool = False  # forgotten meanwhile
 
 
 class ForeignTier:
@@ -339,7 +340,7 @@ class ForeignTier:
         ok = entry.ok
         num_good = int(np.count_nonzero(ok))
         self._count(entry, self.tier, self._pool.tier, len(ok), num_good)
-        if entry.is_too_late:
+        if entry.is_too_late or load.is_unwanted:
             load.target.release()
             return self._ended(load.errand)
         arrived, hashes, parents = load.target, load.hashes, load.parents
@@ -354,7 +355,17 @@ class ForeignTier:
         load.errand.good[load.places] = ok
         return self._ended(load.errand)
 
+    def forget_all(self) -> None:
+        """Let nothing of what is on its way into the pool be registered there, under the lock."""
+        for load in self._in.values():
+            load.is_unwanted = True
+
     # -- both --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether blocks are on their way to the engine."""
+        return bool(self._out)
 
     @property
     def num_open(self) -> int:

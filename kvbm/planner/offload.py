@@ -370,6 +370,14 @@ class OffloadRoute:
         self._drop("reset", self._queue.forget(gone))
         self.counters.queued = self._queue.num_blocks
 
+    def forget_all(self) -> None:
+        """Let nothing arrive below that was registered so far, and unpublish what is held here for that."""
+        self.collect(everything=True)
+        self.drop_queue("reset")
+        for load in self._loads.values():
+            load.unwanted.update(load.keys)
+            self.source.discard_blocks(load.source)
+
     def drop_queue(self, reason: str) -> None:
         """Drop what waits; what moves is settled when it is answered."""
         self._drop(reason, self._queue.clear())

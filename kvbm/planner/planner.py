@@ -20,7 +20,7 @@ from typing import Any
 
 from kvbm.blocks import ImmutableBlocks
 from kvbm.errors import ConfigError, PoolClosed
-from kvbm.events import MigrationLog
+from kvbm.events import Migrations
 from kvbm.jobs import CopyJob, Job, JobChannel, Outcome, Transfer
 from kvbm.jobs.messages import tiers_of
 from kvbm.planner.advice import Advisor
@@ -32,6 +32,7 @@ from kvbm.planner.estimates import Estimates
 from kvbm.planner.expiry import Expiry
 from kvbm.planner.flush import Flusher
 from kvbm.planner.foreign import ForeignTier
+from kvbm.planner.forgetting import Forgetter
 from kvbm.planner.hit import Hit, find_hit, find_sources, first_true
 from kvbm.planner.ledger import After, OpenJob
 from kvbm.planner.limits import Limits
@@ -46,7 +47,7 @@ from kvbm.planner.restore import restore_tiers
 from kvbm.planner.routes import make_routes
 from kvbm.planner.touches import Touches, tell
 from kvbm.pool import BlockPool
-from kvbm.types import HashArray, IdArray, ResetBlocksResponse, Tier, hash_array
+from kvbm.types import HashArray, ResetBlocksResponse, Tier, hash_array
 
 _log = logging.getLogger("kvbm.planner")
 
@@ -77,6 +78,9 @@ class Planner:
     Attributes
     ----------
     foreign : ForeignTier or None
+    forgetter : Forgetter
+    migrations : Migrations
+        Told of what is stored in another tier.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Planner:
         )
         self._statistics = PlannerStatistics()
         self._counting = threading.Lock()  # guards hits and misses, so that a look-up never waits for a pump
-        self._logs: tuple[MigrationLog, ...] = ()
+        self.migrations = Migrations(self._locked)
         self._wake: Callable[[], None] | None = None
         self._is_closed = self._are_pools_closed = False
         self._lineages = Lineages(self.limits.lineage_blocks)
@@ -128,7 +132,7 @@ class Planner:
             "limits": self.limits,
             "statistics": self._statistics,
             "next_id": self._ledger.next_id,
-            "moved": self._moved,
+            "moved": self.migrations.moved,
             "complaints": self._complaints,
         }
         self._routes, counting = make_routes(
@@ -158,6 +162,15 @@ class Planner:
             parts = moving | {"dispatcher": self._dispatcher, "need_open": self._need_open, "clock": clock}
             self.foreign = ForeignTier(pools[0], tier=foreign_tier, **parts)
         self.pins = Pins(self.pools, share=self.limits.pin_share, locked=self._locked, **shared)
+        self.forgetter = Forgetter(
+            self.pools,
+            self._routes,
+            foreign=self.foreign,
+            loader=self.loader,
+            pins=self.pins,
+            records=self.records,
+            dispatcher=self._dispatcher,
+        )
         self._expiry = Expiry(self.pools, ttls_s or {}, statistics=self._statistics, records=self.records, clock=clock)
         self._flusher = Flusher(self._dispatcher, self._routes, pump=self.pump, need_open=self._need_open, clock=clock)
         self._emitter = Emitter(
@@ -166,6 +179,7 @@ class Planner:
             presences=self.presences,
             timeout_s=self.limits.offload_timeout_s,
             is_closed=lambda: self._is_closed,
+            pauses=foreign_tier is None,  # an engine's scheduler is one thread
         )
         self._dispatcher.start()
 
@@ -241,6 +255,7 @@ class Planner:
             self.pins.expire()
             has_news = self._expiry.step()
             touched = self._touches.spread()
+            self.forgetter.step()
             num_jobs = sum(self._emitter.send(route) for route in self._routes)
             num_jobs += sum(presence.step() for presence in self.presences)
             for route in self._routes:
@@ -314,19 +329,6 @@ class Planner:
                 pool.close()
         return are_ended
 
-    # -- events ------------------------------------------------------------------------------------------------
-
-    def add_log(self, log: MigrationLog) -> None:
-        """Note in this log what is stored in another tier, from now on until it is closed."""
-        with self._locked():
-            self._logs = (*(known for known in self._logs if known.is_open), log)
-
-    def _moved(self, route: tuple[Tier, Tier], ids: IdArray, hashes: HashArray, parents: HashArray) -> None:
-        if not all(log.is_open for log in self._logs):
-            self._logs = tuple(log for log in self._logs if log.is_open)
-        for log in self._logs:
-            log.add(route, ids, hashes, parents)
-
     # -- looking -----------------------------------------------------------------------------------------------
 
     def statistics(self) -> PlannerStatistics:
@@ -350,7 +352,8 @@ class Planner:
         """Give the pools of tiers that can be reached, from the top down."""
         if self._statistics.lost_executors:
             return self.pools[:1]
-        away = [presence.pool for presence in self.presences if presence.is_away]
+        shut = self.records.shut
+        away = [presence.pool for presence in self.presences if presence.is_away or presence.tier in shut]
         return [pool for pool in self.pools if pool not in away] if away else self.pools
 
     def _need_open(self) -> None:

@@ -69,6 +69,7 @@ class RecordKeeper:
         self.tiers = frozenset(tiers)
         self.restored: Counter[str] = Counter()  # blocks that were there at the start, by tier
         self.keyed_tiers = frozenset(keyed_tiers)
+        self.shut: set[Tier] = set()  # told to forget everything, and not answered: nobody looks there
         self._next_id = next_id
         self._submit = submit
         self._timeout_s = timeout_s
@@ -121,6 +122,14 @@ class RecordKeeper:
         """Send that no restart shall find these blocks in these slots, without waiting for it."""
         if tier in self.tiers and len(hashes):
             self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=hashes, ids=ids))
+
+    def forget_all_later(self, tier: Tier, then: Callable[[], object]) -> None:
+        """Send that no restart shall find anything in a tier, without waiting for it; `then` is called under the lock.
+
+        Nothing may move there meanwhile.
+        """
+        empty = np.empty((0, 2), dtype=np.uint64)
+        self._send_forget(ForgetJob(job_id=self._next_id(), tier=tier, hashes=empty, is_all=True), then=then)
 
     # What leaves a tier by its time is forgotten by name, wherever older copies of it lie; a copy that was written
     # meanwhile would be forgotten with them, so from before the pool forgets these names none is on its way.

@@ -17,7 +17,7 @@ from kvbm.storage.disk import DiskStorage
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["replay", "info", "bench", "config", "tune"])
+@pytest.mark.parametrize("name", ["replay", "info", "bench", "config", "tune", "doctor", "explain"])
 def test_page_names_every_option_of_the_command(name: str) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     section = PAGE.partition(f"## kvbm {name}\n")[2].partition("\n## ")[0]

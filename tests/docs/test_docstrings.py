@@ -17,6 +17,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.usefixtures("cpu_device")  # some show blocks by NumPy
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_of_module_run(name: str) -> None:
     if name.startswith("kvbm.engines.vllm"):

@@ -205,11 +205,12 @@ class CoreSite:
         digests = request.digests
         found = -1
         for _ in range(3):
-            num_tokens = self.core.matched_tokens(
+            num_tokens, is_async = self.core.matched_tokens(
                 request.request_id, digests, num_tokens=len(request.tokens), num_computed_tokens=0
             )
             assert found in (-1, num_tokens), "asked again it says the same"
             found = num_tokens
+            assert is_async == (num_tokens > 0)
         assert num_tokens < len(request.tokens)
         if len(self.free) < len(digests):
             return False

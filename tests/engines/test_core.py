@@ -71,7 +71,7 @@ def test_blocks_that_only_the_disk_has_are_loaded_through_the_host_tier(make_cor
     site.add("b", prompt)
     site.run()
     assert site.num_loaded == 6
-    names = np.frombuffer(b"".join(d[:16] for d in digests_of(prompt)), dtype="<u8").reshape(-1, 2)
+    names = np.frombuffer(b"".join(d[-16:] for d in digests_of(prompt)), dtype="<u8").reshape(-1, 2)
     assert (site.pools[0].lookup(names) >= 0).all(), "they are in memory now"
     site.calm()
 
@@ -83,7 +83,7 @@ def test_what_vanished_between_the_promise_and_the_load_is_computed(make_core: M
     site.run()
     digests = digests_of(prompt)
     core = site.core
-    assert core.matched_tokens("b", digests, num_tokens=len(prompt), num_computed_tokens=0) == 24
+    assert core.matched_tokens("b", digests, num_tokens=len(prompt), num_computed_tokens=0) == (24, True)
     for pool in site.pools:
         pool.reset()
     site.add("b", prompt)
@@ -141,8 +141,8 @@ def test_asking_is_free_of_side_effects(make_core: MakeCore) -> None:
 
 def test_tokens_that_are_no_whole_blocks_are_the_engines_own(make_core: MakeCore) -> None:
     core = make_core().core
-    assert core.matched_tokens("a", digests_of(tokens_of(1, 3)), num_tokens=13, num_computed_tokens=3) == 0
-    assert core.matched_tokens("a", [], num_tokens=0, num_computed_tokens=0) == 0
+    assert core.matched_tokens("a", digests_of(tokens_of(1, 3)), num_tokens=13, num_computed_tokens=3) == (0, False)
+    assert core.matched_tokens("a", [], num_tokens=0, num_computed_tokens=0) == (0, False)
     core.finished("a")
 
 

@@ -28,7 +28,10 @@ def site(backend: Backend, tmp_path: Path) -> Iterator[CoreSite]:
 
 
 def ask(site: CoreSite, request_id: str) -> int:
-    return site.core.matched_tokens(request_id, digests_of(PROMPT), num_tokens=len(PROMPT), num_computed_tokens=0)
+    num_tokens, _ = site.core.matched_tokens(
+        request_id, digests_of(PROMPT), num_tokens=len(PROMPT), num_computed_tokens=0
+    )
+    return num_tokens
 
 
 def load(site: CoreSite, request_id: str) -> StepNews:
@@ -87,3 +90,17 @@ def test_a_running_request_that_is_allocated_anew_was_preempted(site: CoreSite) 
     site.core.finished("b")
     site.run()
     site.calm()
+
+
+def test_a_load_that_takes_twice_as_long_as_computing_is_given_up(site: CoreSite) -> None:
+    site.core.speed.tokens_per_s = 8.0  # two seconds for sixteen tokens
+    site.pools[0].reset()
+    assert ask(site, "b") == 16
+    site.core.allocated("b", [SLOTS], num_computed_tokens=0, num_external_tokens=16)
+    assert not site.core.orders().loads, "the disk reads"
+    site.now += 3.9
+    assert not site.core.orders().loads
+    site.now += 0.2
+    (order,) = site.core.orders().loads
+    assert order.lost_slots == SLOTS[:4]
+    assert not order.job_ids

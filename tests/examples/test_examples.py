@@ -11,7 +11,8 @@ import pytest
 
 from kvbm._backend import Backend
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if not path.stem.startswith("vllm"))  # those: tests/vllm
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_site import ENVIRONMENT, Engine, make_model
+from vllm_site import ENVIRONMENT, HAS_VLLM, Engine, has_fixed_names, make_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,6 +15,8 @@ def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
+        if HAS_VLLM and not has_fixed_names():
+            patch.setenv("PYTHONHASHSEED", "0")
         yield
 
 

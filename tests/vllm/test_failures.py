@@ -70,6 +70,7 @@ def test_flipped_bits_on_the_disk_change_no_text(start: Start, tmp_path: Path, k
     engine.calm()
 
 
+@pytest.mark.vllm_smoke
 def test_a_block_that_memory_lost_is_computed_although_the_disk_has_it(start: Start, tmp_path: Path) -> None:
     engine = start(disk=tmp_path)
     cold, _ = engine.generate(PROMPTS)

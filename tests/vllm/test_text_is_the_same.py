@@ -17,7 +17,7 @@ def whole_blocks(block_size: int) -> list[int]:
     return [(len(prompt) - 1) // block_size * block_size for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("block_size", [32, pytest.param(64, marks=pytest.mark.vllm_smoke), 128])
 def test_llama_writes_the_same_from_every_tier_and_after_a_restart(
     start: Start, tmp_path: Path, block_size: int
 ) -> None:
@@ -36,6 +36,7 @@ def test_llama_writes_the_same_from_every_tier_and_after_a_restart(
     engine.calm()
 
 
+@pytest.mark.vllm_smoke
 def test_requests_that_are_preempted_write_the_same(start: Start, tmp_path: Path) -> None:
     prompts = [prompt_of(10 + seed, 500) for seed in range(6)]
     expected, _ = start(has_connector=False).generate(prompts, 120)
@@ -61,6 +62,14 @@ def test_a_prompt_in_chunks_writes_the_same(start: Start) -> None:
     engine.calm()
 
 
+def test_the_last_request_reaches_the_disk_although_no_other_follows(start: Start, tmp_path: Path) -> None:
+    engine = start(disk=tmp_path)
+    engine.generate(PROMPTS[2:], 1)  # its blocks reach memory when the engine has nothing more to compute
+    engine.settle()
+    _, disk = engine.pools
+    assert disk.status().inactive == len(PROMPTS[2]) // 64
+
+
 def test_prompts_of_whole_blocks_leave_a_token_to_compute(start: Start) -> None:
     prompts = [prompt_of(20, 256), prompt_of(21, 64)]
     engine = start()
@@ -80,6 +89,7 @@ def test_another_salt_finds_nothing(start: Start) -> None:
     engine.calm()
 
 
+@pytest.mark.vllm_smoke
 def test_gemma3_with_two_groups_of_layers_writes_the_same(start: Start, tmp_path: Path) -> None:
     engine = start("gemma3", disk=tmp_path)
     assert len(engine.half._groups) == 2

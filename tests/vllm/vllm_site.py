@@ -20,6 +20,7 @@ _spec = importlib.util.find_spec("vllm")
 HAS_VLLM = _spec is not None and _spec.origin is not None  # a folder of this name has no origin
 needs_vllm = [
     pytest.mark.vllm,
+    pytest.mark.timeout(600),  # a busy machine, and vLLM's import, take their time
     pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: nox -s vllm installs it"),
     pytest.mark.filterwarnings("ignore", "error::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
@@ -37,6 +38,13 @@ QUIET_S = 60.0
 
 Tokens = list[int]
 Texts = list[tuple[int, ...]]
+
+
+def has_fixed_names() -> bool:
+    """Whether this vLLM names a block alike in every process, without being told how to begin."""
+    from vllm.v1.core import kv_cache_utils
+
+    return hasattr(kv_cache_utils, "resolve_none_hash_seed")
 
 
 def prompt_of(seed: int, num_tokens: int) -> Tokens:
@@ -78,6 +86,10 @@ def make_model(kind: str, folder: Path) -> Path:
     if kind == "llama":
         heads = {"num_key_value_heads": 2, "head_dim": 32}
         model = LlamaForCausalLM(LlamaConfig(**common, **shape, **heads, initializer_range=0.15))
+    elif kind == "llama26m":  # large enough for its first token to take its time
+        wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
+        heads = {"num_key_value_heads": 4, "head_dim": 64}
+        model = LlamaForCausalLM(LlamaConfig(**common, **wide, **heads, initializer_range=0.06))
     elif kind == "gemma3":
         heads = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 128, "query_pre_attn_scalar": 32}
         layers = ["sliding_attention", "full_attention"] * 2
@@ -134,6 +146,8 @@ class Engine:
             extra = {"host": "64MiB"}
             if disk is not None:
                 extra["disk"] = {"path": str(disk), "size": "128MiB"}
+        if not learns_speed:
+            extra = {**extra, "always_load": True}
         given: dict[str, Any] = {
             "dtype": "float32",
             "enforce_eager": True,
@@ -161,8 +175,6 @@ class Engine:
             self.close()
             raise
         self.num_free = self.free_blocks
-        if has_connector and not learns_speed:
-            self.half._core.speed.observe = lambda num_tokens, seconds: None
 
     # -- vLLM's parts ------------------------------------------------------------------------------------------
 

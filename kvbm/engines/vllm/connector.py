@@ -5,6 +5,7 @@ Interface: ``KVConnectorBase_V1`` of vLLM 0.28 to 0.32. Nothing is decided here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
@@ -13,10 +14,19 @@ try:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 except ImportError:  # before 0.32: a request that failed is known by its blocks alone
     KVConnectorTransferResults = None
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:  # before hits were told apart
+    CacheHitSource = None
 
+from kvbm.engines.vllm.layout import wanted_layout
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm.engines.vllm.scheduler import VllmScheduler
+from kvbm.engines.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.engines.vllm.worker import VllmWorker
+from kvbm.types import Tier
+
+_SOURCES = {Tier.HOST: CacheHitSource.HOST, Tier.DISK: CacheHitSource.DISK} if CacheHitSource is not None else {}
 
 
 class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
@@ -34,6 +44,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: VllmScheduler | None = None
         self._worker: VllmWorker | None = None
+        self._by_layer = _loads_by_layer(vllm_config.kv_transfer_config.kv_connector_extra_config)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = VllmScheduler(vllm_config, kv_cache_config)
         else:
@@ -50,11 +61,58 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         """Nobody waits for what a cache saves."""
         return False
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether attention waits layer by layer, which a graph that is replayed would leave out."""
+        return _loads_by_layer(extra_config)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Ask for all layers of a block together, where vLLM can have it so: a block is one copy then."""
+        return wanted_layout(vllm_config)
+
+    @classmethod
+    def supports_sleep_mode(cls, vllm_config: Any) -> bool:
+        """Yes: vLLM's memory may go and come; ours stays."""
+        return True
+
+    # -- statistics --------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KvbmStats | None:
+        """Give what this half has counted since the last call."""
+        half = self._worker if self._scheduler is None else self._scheduler
+        data = None if half is None else half.take_counts()
+        return None if data is None else KvbmStats(data=data)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats:
+        """Make statistics of what came from another process."""
+        return KvbmStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KvbmPromMetrics:
+        """Register our metrics with vLLM's."""
+        return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # -- in a worker -------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Take vLLM's tensors over."""
         self._here().register(kv_caches)
+
+    def unregister_kv_caches(self) -> None:
+        """Let go of vLLM's tensors, before it sleeps."""
+        self._here().unregister()
+
+    def restore_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Take vLLM's tensors over anew, when it has woken."""
+        self._here().restore(kv_caches)
 
     def get_handshake_metadata(self) -> KvbmHandshake:
         """Tell the scheduler's half of this worker's tiers."""
@@ -66,13 +124,15 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
             self._here().begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin the step where `handle_preemptions` was not called; loads do not hold up the pass."""
+        """Begin the loads that the pass waits for, and the step itself where `handle_preemptions` was not called."""
         metadata = self._get_connector_metadata()
         if isinstance(metadata, KvbmMetadata):
             self._here().begin(metadata)
+        self._here().start_loads(by_layer=self._by_layer)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: requests are scheduled when their blocks are there."""
+        """Let the pass wait for a layer of what this step loads."""
+        self._here().wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: blocks are saved whole, behind the pass."""
@@ -141,9 +201,20 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         """End a request."""
         return self._there().finished(request), None
 
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Divide the tokens that are loaded by the tier that they lie in."""
+        return {
+            _SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED): num_tokens
+            for tier, num_tokens in self._there().hit_sources(request, num_external_tokens).items()
+        }
+
+    def take_events(self) -> list[Any]:
+        """Give KV events of our tiers."""
+        return self._there().take_events()
+
     def reset_cache(self) -> bool | None:
-        """Refuse: what lies below vLLM's own memory cannot be forgotten from here yet."""
-        return False
+        """Forget every block below vLLM's own memory; False while requests load some."""
+        return self._there().reset()
 
     def has_pending_push_work(self) -> bool:
         """Whether vLLM is to go on stepping: our jobs travel with its steps."""
@@ -158,3 +229,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     def _there(self) -> VllmScheduler:
         assert self._scheduler is not None, "called in the scheduler"
         return self._scheduler
+
+
+def _loads_by_layer(extra_config: Mapping[str, Any]) -> bool:
+    return extra_config.get("loads") == "sync" and bool(extra_config.get("by_layer"))

@@ -12,13 +12,18 @@ import msgspec
 
 from kvbm._backend import default_backend
 from kvbm.engines.arrange import make_group
+from kvbm.engines.counts import Counts, Data, read_groups
+from kvbm.engines.explain_socket import ExplainSocket, open_explain
 from kvbm.engines.groups import Group
 from kvbm.engines.messages import StepOrders, decode_report, encode_orders
+from kvbm.engines.reset_note import ResetNotes
 from kvbm.engines.scheduler import SchedulerCore
 from kvbm.engines.shard import ShardDescription
+from kvbm.engines.vllm.events import VllmEvents
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import read_settings, warn_of_policy
+from kvbm.engines.vllm.settings import folder_of, read_settings, warn_of_policy
 from kvbm.errors import ConfigError
+from kvbm.types import Tier
 
 _log = logging.getLogger("kvbm.engines")
 _STEPS = 64  # that an engine has under way at most; the oldest are forgotten
@@ -40,9 +45,13 @@ class VllmScheduler:
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
-        _, self._own = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._sections, self._own = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         warn_of_policy(vllm_config.kv_transfer_config)
         self._cache = kv_cache_config
+        self._loads_in_step = self._own.get("loads", "async") == "sync"
+        if self._loads_in_step and getattr(vllm_config.scheduler_config, "async_scheduling", False):
+            _log.warning('loads are "async": steps that vLLM schedules ahead (async_scheduling) cannot load within')
+            self._loads_in_step = False
         sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
         if len(sizes) != 1:
             raise ConfigError(f"this model's groups of layers have blocks of {sorted(sizes)} tokens, need one size")
@@ -55,6 +64,14 @@ class VllmScheduler:
         self._requests: dict[str, Any] = {}
         self._asked: dict[str, int] = {}  # tokens that vLLM had when it asked last
         self._slots: dict[str, list[list[int]]] = {}  # by request, for each group
+        events_config = getattr(vllm_config, "kv_events_config", None)
+        self._has_events = bool(events_config is not None and events_config.enable_kv_cache_events)
+        self._events: VllmEvents | None = None
+        path = self._sections.get("disk", {}).get("path")
+        folders = [folder_of(path, index) for index in range(len(kv_cache_config.kv_cache_groups))] if path else []
+        self._notes = ResetNotes(folders)
+        self._explain: ExplainSocket | None = None
+        self._counts = Counts(lambda: read_groups(self._groups), clock=self._clock)
 
     def connect(self, handshakes: dict[int, KvbmHandshake]) -> None:
         """Take over what the workers told of their tiers, and what outlived the last process."""
@@ -76,22 +93,32 @@ class VllmScheduler:
             block_tokens=self._block_tokens,
             allow_weak_hashes=self._own.get("allow_weak_hashes", False),
             timeout_s=self._own.get("load_timeout_s", 10.0),
+            loads_always=self._own.get("always_load", False),
+            loads_in_step=self._loads_in_step,
         )
+        self._take_notes_away()  # every worker has opened its tiers
+        if self._has_events:
+            self._events = VllmEvents(self._groups, block_tokens=self._block_tokens)
+        if self._own.get("explain", True):
+            self._explain = open_explain(self._core.history)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     def matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Count the tokens that can be loaded; they come while the engine goes on."""
+        """Count the tokens that can be loaded, and tell whether they come while the engine goes on."""
         if self._core is None:
             return 0, False
         self._asked[request.request_id] = num_computed_tokens
-        num_tokens = self._core.matched_tokens(
+        return self._core.matched_tokens(
             request.request_id,
             request.block_hashes,
             num_tokens=request.num_tokens,
             num_computed_tokens=num_computed_tokens,
         )
-        return num_tokens, num_tokens > 0
+
+    def hit_sources(self, request: Any, num_external_tokens: int) -> dict[Tier, int]:
+        """Divide what is loaded by the tier that it lies in."""
+        return {} if self._core is None else self._core.sources(request.request_id, num_external_tokens)
 
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Begin to load into blocks that vLLM has found."""
@@ -141,6 +168,8 @@ class VllmScheduler:
         request = self._requests.get(request_id)
         if request is None or self._core is None:
             return
+        if self._events is not None:
+            self._events.named(request.block_hashes)
         num_tokens = num_computed_tokens + output.num_scheduled_tokens[request_id]
         self._core.computed(request_id, request.block_hashes, self._slots[request_id], num_tokens=num_tokens)
 
@@ -158,14 +187,55 @@ class VllmScheduler:
                 self._core.reported(decode_report(report))
         self._core.received(output.finished_recving or ())
         self._core.sent(output.finished_sending or ())
+        self._take_notes_away()
 
     @property
     def has_work(self) -> bool:
         """Whether steps are needed although vLLM has nothing to compute."""
         return self._core is not None and self._core.has_work
 
+    # -- all of it ---------------------------------------------------------------------------------------------
+
+    def reset(self) -> bool:
+        """Forget every block below vLLM's own memory; return whether that was done."""
+        if self._core is None:
+            return True
+        try:
+            self._notes.put()
+        except OSError as error:
+            _log.warning("reset refused: it cannot be noted for a restart error=%r", error)
+            return False
+        if not self._core.reset():
+            _log.info("reset refused: requests are loading blocks")
+            self._take_notes_away()
+            return False
+        if self._events is not None:
+            self._events.cleared()
+        return True
+
+    def _take_notes_away(self) -> None:
+        if self._core is not None and self._notes.may_be_there and not self._core.is_forgetting:
+            try:
+                self._notes.take_away()
+            except OSError as error:
+                _log.warning("the note of a reset stays, a restart will forget error=%r", error)
+
+    def take_events(self) -> list[Any]:
+        """Give what happened in our tiers since the last call, as events of vLLM's."""
+        return [] if self._events is None else self._events.take()
+
+    def take_counts(self) -> Data | None:
+        """Give what was counted since the last call; None while it is too early."""
+        return None if self._core is None else self._counts.take()
+
     def close(self) -> None:
         """Let go of the books; the workers keep the bytes."""
+        if self._explain is not None:
+            self._explain.close()
+        if self._core is not None:
+            self._core.history.close()
+        if self._events is not None:
+            self._events.close()
         for group in self._groups:
             group.planner.close(0.0)
         self._core, self._groups = None, []

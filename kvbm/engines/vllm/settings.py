@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvbm.config.sizes import parse_size
 from kvbm.errors import ConfigError
 from kvbm.fingerprint import find_fingerprint
 
 _log = logging.getLogger("kvbm.engines")
 _SECTIONS = ("host", "disk", "remote", "offload", "runtime")
-_OWN = ("load_timeout_s", "allow_weak_hashes")
+_OWN: dict[str, tuple[type, str]] = {
+    "load_timeout_s": (float, "a number of seconds"),
+    "loads": (str, '"async" or "sync"'),
+    "by_layer": (bool, "true or false"),
+    "always_load": (bool, "true or false"),
+    "allow_weak_hashes": (bool, "true or false"),
+    "explain": (bool, "true or false"),
+}
+_LOADS = ("async", "sync")
 
 
 def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,7 +36,7 @@ def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     Raises
     ------
     ConfigError
-        A key is unknown.
+        A key is unknown, or its value is not of its kind.
     """
     sections: dict[str, Any] = {}
     own: dict[str, Any] = {}
@@ -34,11 +44,21 @@ def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         if key in _SECTIONS:
             sections[key] = {"size": value} if isinstance(value, (str, int)) else dict(value)
         elif key in _OWN:
-            own[key] = value
+            own[key] = _checked(key, value)
         else:
             known = ", ".join((*_SECTIONS, *_OWN))
             raise ConfigError(f"kv_connector_extra_config has no key {key!r}, use {known}")
     return sections, own
+
+
+def _checked(key: str, value: Any) -> Any:
+    kind, name = _OWN[key]
+    is_right = isinstance(value, (int, float) if kind is float else kind)
+    if not is_right or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"kv_connector_extra_config: {key} is {value!r}, need {name}")
+    if key == "loads" and value not in _LOADS:
+        raise ConfigError(f"kv_connector_extra_config: loads is {value!r}, use {' or '.join(_LOADS)}")
+    return value
 
 
 def warn_of_policy(transfer_config: Any) -> None:
@@ -57,15 +77,55 @@ def warn_of_policy(transfer_config: Any) -> None:
         )
 
 
-def in_folder(sections: Mapping[str, Any], group: int, rank: int, num_ranks: int) -> dict[str, Any]:
-    """Give the settings of one group in one rank: a part of the sizes, a folder of its own on the disk."""
+def warn_of_random_names(sections: Mapping[str, Any], algorithm: str) -> None:
+    """Say so where vLLM names blocks differently in every process, so that none outlives the process that wrote it.
+
+    Parameters
+    ----------
+    sections : mapping
+    algorithm : str
+        ``prefix_caching_hash_algo``.
+
+    Notes
+    -----
+    Before 0.30 vLLM begins its hashes with random bytes, later only those that are not cryptographic.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    is_fixed = hasattr(kv_cache_utils, "resolve_none_hash_seed") and not algorithm.startswith("xxhash")
+    if is_fixed or os.environ.get("PYTHONHASHSEED") is not None or not {"disk", "remote"} & sections.keys():
+        return
+    _log.warning(
+        "this vLLM begins its block hashes (%s) with random bytes: what is on disk or remote is not found again after "
+        "a restart; set PYTHONHASHSEED to the same number for every start",
+        algorithm,
+    )
+
+
+def part_of(sections: Mapping[str, Any], *, group: int, num_groups: int, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Give the settings of one group of layers in one rank.
+
+    Parameters
+    ----------
+    sections : mapping
+        Sizes in bytes are of all groups and ranks together; numbers of blocks are of each.
+    group, num_groups, rank, num_ranks : int
+    """
     mine = {name: dict(section) for name, section in sections.items()}
+    for section in mine.values():
+        if "size" in section:
+            section["size"] = max(1, parse_size(section["size"]) // (num_groups * num_ranks))
     mine.setdefault("runtime", {}).update({"rank": rank, "num_ranks": num_ranks})
     if "path" in mine.get("disk", {}) and group:
-        folder = Path(mine["disk"]["path"]) / f"group{group}"
+        folder = folder_of(mine["disk"]["path"], group)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine["disk"]["path"] = str(folder)
     return mine
+
+
+def folder_of(path: str, group: int) -> Path:
+    """Give where the disk tier of one group of layers lies."""
+    return Path(path) / f"group{group}" if group else Path(path)
 
 
 def fingerprint_of(vllm_config: Any, kernel: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import time
 from typing import Any
 
 import msgspec
 
 from kvbm._backend import default_backend
-from kvbm.engines.shard import LayerMemory, Shard
+from kvbm.engines.counts import Counts, Data, read_shards
+from kvbm.engines.shard import Shard
+from kvbm.engines.tensors import layers_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import fingerprint_of, in_folder, read_settings
+from kvbm.engines.vllm.settings import fingerprint_of, part_of, read_settings
 from kvbm.engines.worker import StepNews, WorkerCore
-from kvbm.errors import LayoutError
 
 _log = logging.getLogger("kvbm.engines")
 _CLOSE_S = 10.0
@@ -38,23 +41,53 @@ class VllmWorker:
         self._core: WorkerCore | None = None
         self._begun: KvbmMetadata | None = None  # whose orders were taken last
         self._news = StepNews()
+        self._counts = Counts(lambda: read_shards(self._shards), clock=time.monotonic)
+        self._places: dict[str, tuple[int, int]] = {}  # of a layer: its group, and which of the group it is
+        self._has_gpu = False
+        self._zeroes_blocks = bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
 
     def register(self, kv_caches: dict[str, Any]) -> None:
         """Take the engine's tensors over, by their strides, and open the tiers below."""
         backend = default_backend()
+        num_blocks = getattr(self._cache, "num_blocks", None)
         for index, group in enumerate(self._cache.kv_cache_groups):
-            names = [name for name in group.layer_names if name in kv_caches]
-            layers = [memory_of(kv_caches[name], name) for name in names]
+            layers, numbers = layers_of(group.layer_names, kv_caches, num_blocks)
+            self._places.update((name, (index, number)) for name, number in numbers.items())
+            self._has_gpu |= any(layer.device is not None for layer in layers)
             kernel = type(group.kv_cache_spec).__name__
             self._shards.append(
                 Shard(
                     layers,
-                    in_folder(self._sections, index, self._rank, self._num_ranks),
+                    part_of(
+                        self._sections,
+                        group=index,
+                        num_groups=len(self._cache.kv_cache_groups),
+                        rank=self._rank,
+                        num_ranks=self._num_ranks,
+                    ),
                     fingerprint=f"{fingerprint_of(self._config, kernel)},group={index}",
                     backend=backend,
                 )
             )
         self._core = WorkerCore([shard.executor for shard in self._shards], rank=self._rank)
+
+    def unregister(self) -> None:
+        """Let go of the engine's tensors, once nothing moves there; may be called again. The tiers below stay."""
+        if self._core is not None:
+            self._core.after_forward(self._stream())
+            self._core.fence()
+        for shard in self._shards:
+            shard.detach()
+
+    def restore(self, kv_caches: dict[str, Any]) -> None:
+        """Take the engine's tensors, wherever they lie now; may be called again."""
+        if not self._shards:
+            self.register(kv_caches)
+            return
+        num_blocks = getattr(self._cache, "num_blocks", None)
+        for group, shard in zip(self._cache.kv_cache_groups, self._shards, strict=True):
+            layers, _ = layers_of(group.layer_names, kv_caches, num_blocks)
+            shard.attach(layers)
 
     def handshake(self) -> KvbmHandshake:
         """Tell the scheduler's half of the tiers."""
@@ -64,18 +97,32 @@ class VllmWorker:
         """Take a step's orders, once, however many of vLLM's calls bring them."""
         if self._core is not None and metadata is not self._begun:
             self._begun = metadata
-            self._core.begin(metadata.orders)
+            # Blocks that vLLM is about to clear are filled after that: in `start_loads`.
+            self._core.begin(metadata.orders, stream=self._stream(), holds_loads=self._zeroes_blocks)
+
+    def start_loads(self, *, by_layer: bool = False) -> None:
+        """Begin the loads that this step's pass reads, and those that were held; `by_layer` as for `WorkerCore`."""
+        if self._core is not None:
+            stream = self._stream()
+            self._core.begin_loads(stream)
+            self._core.begin_sync_loads(stream, by_layer=by_layer)
+
+    def wait_for_layer(self, name: str) -> None:
+        """Let the pass wait for a layer that it is about to read."""
+        if self._core is not None and self._core.has_layers and name in self._places:
+            group, layer = self._places[name]
+            self._core.wait_for_layer(layer, group=group, stream=self._stream())
 
     def after_forward(self) -> None:
         """Begin to save what the pass has filled."""
         if self._core is not None:
-            self._core.after_forward()
+            self._core.after_forward(self._stream())
 
     def take(self) -> tuple[set[str] | None, set[str] | None]:
         """Give the requests that were sent and received since the last call; the rest of the news is kept for later."""
         if self._core is None:
             return None, None
-        self._core.after_forward()  # of a step without a pass
+        self._core.finish_sync_loads()  # what they lost belongs to this step
         self._news = self._core.take()
         return self._news.sent or None, self._news.received or None
 
@@ -101,6 +148,10 @@ class VllmWorker:
         report, self._news.report = self._news.report, b""
         return KvbmWorkerMetadata([report]) if report else None
 
+    def take_counts(self) -> Data | None:
+        """Give what was counted since the last call; None while it is too early."""
+        return self._counts.take() if self._shards else None
+
     def close(self) -> None:
         """End threads, close files."""
         if self._core is not None and not self._core.close(_CLOSE_S):
@@ -110,21 +161,8 @@ class VllmWorker:
             shard.close(_CLOSE_S)
         self._core, self._shards = None, []
 
-
-def memory_of(tensor: Any, name: str) -> LayerMemory:
-    """Describe a layer's tensor by its strides.
-
-    Raises
-    ------
-    LayoutError
-        It lies on another device than the CPU, or a block does not lie in one piece.
-    """
-    if tensor.device.type != "cpu":
-        raise LayoutError(f"layer {name} lies on {tensor.device}: this version connects engines on the CPU")
-    itemsize, strides, shape = tensor.element_size(), tensor.stride(), tensor.shape
-    nbytes = itemsize
-    for size, stride in sorted(zip(shape[1:], strides[1:], strict=True), key=lambda pair: pair[1]):
-        if size > 1 and stride * itemsize != nbytes:
-            raise LayoutError(f"layer {name}: a block does not lie in one piece (shape {shape}, strides {strides})")
-        nbytes *= size
-    return LayerMemory(tensor.data_ptr(), shape[0], strides[0] * itemsize, nbytes, tensor)
+    def _stream(self) -> Any:
+        """Give the stream on which vLLM computes, where it computes on a GPU."""
+        if not self._has_gpu:
+            return None
+        return importlib.import_module("torch").cuda.current_stream()
