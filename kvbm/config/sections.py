@@ -20,6 +20,7 @@ LAYOUTS = OWN_NAMES["layout"]
 BACKENDS = ("auto", "native", "pure")
 DEVICES = ("auto", "cuda", "cpu", "simulated")
 MAX_BLOCKS = 2**31 - 2  # what a store can number
+MAX_THREAD_BLOCKS = 65535  # more than any GPU runs at once
 
 PositiveInt = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 NaturalInt = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
@@ -180,6 +181,14 @@ class DeviceConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=
             _SHARE,
         ),
     ] = 0.9
+    copy_thread_blocks: Annotated[
+        int,
+        Meta(ge=0, le=MAX_THREAD_BLOCKS),
+        key(
+            "Thread blocks of the GPU that a copy kernel takes at most, from what else runs there; 0 takes a few.",
+            f"0 to {MAX_THREAD_BLOCKS}",
+        ),
+    ] = 0
 
     @property
     def is_present(self) -> bool:

@@ -226,7 +226,8 @@ class Shard:
         near: dict[Tier, Storage] = dict(list(self.storages.items())[:2])
         verifies = self._config.offload.verify_checksums
         if self._device is not None:
-            return StreamCopies(near, verifies=verifies)
+            num_thread_blocks = self._config.device.copy_thread_blocks
+            return StreamCopies(near, verifies=verifies, num_thread_blocks=num_thread_blocks)
         near = {tier: storage for tier, storage in near.items() if storage.capabilities.is_addressable}
         copy_threads = self._config.runtime.copy_threads
         return Executor(near, copy_threads=copy_threads, verifies=verifies, backend=self._backend)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 import msgspec
 
 from kvbm.errors import PoolClosed
-from kvbm.jobs import InventoryJob, Job, JobResult
+from kvbm.jobs import CopyJob, InventoryJob, Job, JobResult
 from kvbm.jobs.channel import Receive
 from kvbm.types import Tier
 
 _log = logging.getLogger("kvbm.engines")
+
+_WORTH_S = (
+    30.0  # that an engine without requests goes on for a job's answer, or the job's own time where that is longer
+)
 
 
 class StepChannels:
@@ -26,6 +31,8 @@ class StepChannels:
     Parameters
     ----------
     num_ranks : int
+    clock : callable
+        Gives seconds; monotonic.
 
     Attributes
     ----------
@@ -33,11 +40,13 @@ class StepChannels:
         One for each rank, for the planner.
     """
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.channels = [StepChannel(self, rank) for rank in range(num_ranks)]
+        self._clock = clock
         self._lock = threading.Lock()
         self._outgoing: dict[int, Job] = {}
         self._open: dict[int, set[int]] = {}  # job -> ranks that have not answered
+        self._until: dict[int, float] = {}  # job -> moment until which steps are made for its answer
         self._inventories: dict[tuple[int, Tier], JobResult] = {}
         self.is_closed = False
 
@@ -54,7 +63,20 @@ class StepChannels:
 
     @property
     def has_jobs(self) -> bool:
-        """Whether jobs wait for the next orders, or have been ordered and not been answered by all."""
+        """Whether steps are worth making: jobs wait for the next orders, or for answers that are still likely.
+
+        A disk that hangs must not keep an idle engine stepping, nor from going to sleep. What it answers after all
+        comes with the engine's next step.
+        """
+        with self._lock:
+            if self._outgoing or not self._open:
+                return bool(self._outgoing)
+            now = self._clock()
+            return any(now < until for until in self._until.values())
+
+    @property
+    def has_open_jobs(self) -> bool:
+        """Whether a job was sent and has not been answered by all, however long ago."""
         return bool(self._open)
 
     def receive(self, rank: int, results: Iterable[JobResult]) -> None:
@@ -67,7 +89,7 @@ class StepChannels:
                 if ranks is not None:
                     ranks.discard(rank)
                     if not ranks:
-                        del self._open[result.job_id]
+                        del self._open[result.job_id], self._until[result.job_id]
             if is_known:
                 channel.answer(result)
             else:
@@ -86,6 +108,8 @@ class StepChannels:
             ranks = self._open.get(job.job_id)
             if ranks is None:
                 self._open[job.job_id] = {rank}
+                timeout_s = job.timeout_s if isinstance(job, CopyJob) else None
+                self._until[job.job_id] = self._clock() + max(_WORTH_S, timeout_s or 0.0)
                 self._outgoing[job.job_id] = job
             else:
                 ranks.add(rank)
@@ -138,4 +162,4 @@ class StepChannel:
     def close(self, timeout_s: float | None = None) -> bool:
         """Take no more jobs; return whether all were answered: there may be no further step to answer in."""
         self._group.is_closed = True
-        return not self._group.has_jobs
+        return not self._group.has_open_jobs

@@ -49,6 +49,8 @@ class StreamCopies:
         Of the engine's memory in jobs.
     verifies : bool
         Compute checksums on the way down, compare them on the way up.
+    num_thread_blocks : int
+        Of a copy kernel at most; 0 takes a few.
     clock : callable
         Gives seconds; monotonic.
     engine : GpuTransferEngine, optional
@@ -61,6 +63,7 @@ class StreamCopies:
         *,
         tier: Tier = Tier.DEVICE,
         verifies: bool = True,
+        num_thread_blocks: int = 0,
         clock: Callable[[], float] = time.monotonic,
         engine: GpuTransferEngine | None = None,
     ) -> None:
@@ -71,7 +74,9 @@ class StreamCopies:
         self._verifies = verifies
         self._clock = clock
         self._gpu = memory.gpu
-        self._engine = engine or GpuTransferEngine(memory.gpu, max_in_flight=_IN_FLIGHT)
+        self._engine = engine or GpuTransferEngine(
+            memory.gpu, max_in_flight=_IN_FLIGHT, num_thread_blocks=num_thread_blocks
+        )
         self._lock = threading.Lock()
         self._announced: dict[int, _Copy] = {}  # until they are answered
 

@@ -36,6 +36,8 @@ class Executor:
         Stay the caller's; the executor closes only what it made.
     copy_threads : int
         Threads that share one copy; 0 takes the machine's cores, at most 4. Offloads use half of them.
+    copy_thread_blocks : int
+        Thread blocks of a GPU's copy kernel at most; 0 takes a few.
     staging_blocks : int
         Slots of the ring that blocks pass through on their way to or from storages without addresses; 0 takes 32 MiB,
         at least 16 slots.
@@ -53,6 +55,7 @@ class Executor:
         storages: Mapping[Tier, Storage],
         *,
         copy_threads: int = 0,
+        copy_thread_blocks: int = 0,
         staging_blocks: int = 0,
         small_nbytes: int = 1 << 20,
         verifies: bool = True,
@@ -64,6 +67,7 @@ class Executor:
         self._means = CopyMeans(
             storages,
             copy_threads=copy_threads,
+            copy_thread_blocks=copy_thread_blocks,
             staging_blocks=staging_blocks,
             verifies=verifies,
             backend=backend or default_backend(),

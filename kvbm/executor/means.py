@@ -35,7 +35,7 @@ class CopyMeans:
 
     Parameters
     ----------
-    storages, copy_threads, staging_blocks, verifies, backend, clock
+    storages, copy_threads, copy_thread_blocks, staging_blocks, verifies, backend, clock
         As for `Executor`.
     """
 
@@ -44,6 +44,7 @@ class CopyMeans:
         storages: Mapping[Tier, Storage],
         *,
         copy_threads: int,
+        copy_thread_blocks: int,
         staging_blocks: int,
         verifies: bool,
         backend: Backend,
@@ -57,7 +58,9 @@ class CopyMeans:
         half = max(1, self._urgent.num_threads // 2)
         self._background = TransferEngine(num_threads=half, small_nbytes=sys.maxsize, backend=backend)
         gpu = _gpu_of(storages)
-        self._gpu = None if gpu is None else GpuTransferEngine(gpu, host_engine=self._urgent)
+        self._gpu: GpuTransferEngine | None = None
+        if gpu is not None:
+            self._gpu = GpuTransferEngine(gpu, host_engine=self._urgent, num_thread_blocks=copy_thread_blocks)
         remote = [storage for storage in storages.values() if not storage.capabilities.is_addressable]
         self._staging: StagingRing | None = None
         if remote:

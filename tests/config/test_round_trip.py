@@ -75,7 +75,7 @@ def configs(draw: st.DrawFn) -> Config:
             close_timeout_s=SECONDS,
             small_copy=st.just(0) | SIZES,
         ),
-        "device": tiers(DeviceConfig, gpu_memory_fraction=SHARES),
+        "device": tiers(DeviceConfig, gpu_memory_fraction=SHARES, copy_thread_blocks=st.integers(0, 65535)),
         "offload": st.builds(
             OffloadConfig,
             policy=st.sampled_from(["always", "second_use", "priority"]),

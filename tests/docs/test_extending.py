@@ -23,6 +23,7 @@ globals().update({name: value for name, value in vars(parts).items() if name.sta
 
 def test_page_shows_suites() -> None:
     assert {"TestDictStorage", "TestAligned", "TestNewestFirst", "TestShared", "TestHeadsOnly"} <= set(globals())
+    assert "TestMyConnector" in globals()
 
 
 @pytest.mark.usefixtures("cpu_device")  # whose memory the allocator gives

@@ -109,6 +109,24 @@ def test_a_job_of_all_ranks_is_ordered_once_and_answered_by_each() -> None:
         group.channels[1].send(inventory(6))
 
 
+def test_an_engine_without_requests_does_not_step_forever_for_an_answer() -> None:
+    now = [0.0]
+    group = StepChannels(1, clock=lambda: now[0])
+    group.channels[0].open(lambda result: None, lambda reason: None)
+    group.channels[0].send(inventory(5))
+    now[0] = 100.0
+    assert group.has_jobs, "it has not been ordered"
+    now[0] = 0.0
+    group.take_jobs()
+    now[0] = 29.9
+    assert group.has_jobs
+    now[0] = 30.1
+    assert not group.has_jobs
+    assert not group.channels[0].close(), "whoever closes hears that it was not answered"
+    group.receive(0, [answer(5)])
+    assert group.channels[0].close()
+
+
 def test_what_a_rank_said_at_the_start_answers_the_first_question() -> None:
     group = StepChannels(1)
     heard: list[int] = []

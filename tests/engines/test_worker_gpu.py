@@ -78,7 +78,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
     # Threads of lanes would wait for copies, and so run them, at times that no test chooses.
     monkeypatch.setattr(
         "kvbm.engines.stream_copies.GpuTransferEngine",
-        lambda gpu, max_in_flight: GpuTransferEngine(gpu, max_in_flight=max_in_flight, has_threads=False),
+        lambda gpu, **given: GpuTransferEngine(gpu, has_threads=False, **given),
     )
     with SimulatedGpu(is_stepped=True) as stepped:
         yield stepped

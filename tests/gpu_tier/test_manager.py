@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,6 +160,40 @@ def test_configuration_names_the_device(
     tree["device"]["kind"] = "tpu"
     with pytest.raises(ConfigError, match=r"device\.kind"):
         Config.from_dict(tree)
+
+
+class Counting:
+    """A device that notes how many thread blocks each kernel may take."""
+
+    def __init__(self, device: Any, noted: list[int]) -> None:
+        self._device, self._noted = device, noted
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._device, name)
+        if name not in ("copy", "checksum", "permute"):
+            return call
+
+        def counted(*given: Any, **named: Any) -> Any:
+            if named.get("path") != "memcpy" or named.get("hashes") is not None:  # else there is no kernel
+                self._noted.append(named["num_thread_blocks"])
+            return call(*given, **named)
+
+        return counted
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, 0), ({"copy_thread_blocks": 7}, 7)], ids=["default", "seven"])
+def test_kernels_take_as_many_thread_blocks_as_the_configuration_says(
+    make_gpu_tiers: Site, simulated: SimulatedGpu, settings: dict[str, int], expected: int
+) -> None:
+    noted: list[int] = []
+    object.__setattr__(simulated.gpu, "device", Counting(simulated.gpu.device, noted))
+    tiers = make_gpu_tiers(device=6, host=8, disk=16, settings={"device": settings})
+    hashes = names(4)
+    tiers.put_below(hashes, "host")
+    assert tiers.num_hit(hashes) == 4
+    assert noted
+    assert set(noted) == {expected}
+    assert any(kind.startswith("kernel:") for kind, *_ in simulated.operations())
 
 
 def test_storage_of_an_engine_is_the_device_tier(make_gpu_tiers: Site, simulated: SimulatedGpu) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from tier_site import PATIENCE_S, Site, Tiers, content_of, names
 
-from kvbm.errors import NotEnoughBlocksAvailable, TransferCancelled
+from kvbm.errors import NotEnoughBlocksAvailable, TransferCancelled, TransferTimeout
 from kvbm.planner.policies import AlwaysPolicy
 from kvbm.testing.faults import FaultMode, FaultPlan
 from kvbm.types import HashArray
@@ -262,6 +263,9 @@ class Workload:
             manager.reset_blocks(rng.choice(list(manager.status())[:-1]), hashes)
         if rng.random() < 0.1:
             manager.set_priority(hashes, rng.randrange(101))
+        if rng.random() < 0.2:
+            with contextlib.suppress(TransferTimeout):  # a busy machine serves all before it has written anything
+                manager.flush(0.05)
 
 
 def let_go(tiers: Tiers, storage: Any) -> None:

@@ -21,7 +21,7 @@ from kvbm.engines.scheduler import SchedulerCore
 from kvbm.engines.shard import ShardDescription
 from kvbm.engines.vllm.events import VllmEvents
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import folder_of, read_settings, warn_of_policy
+from kvbm.engines.vllm.settings import folder_of, read_settings, warn_of_policy, warn_of_random_names
 from kvbm.errors import ConfigError
 from kvbm.types import Tier
 
@@ -47,6 +47,7 @@ class VllmScheduler:
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._sections, self._own = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         warn_of_policy(vllm_config.kv_transfer_config)
+        warn_of_random_names(self._sections, vllm_config.cache_config.prefix_caching_hash_algo)
         self._cache = kv_cache_config
         self._loads_in_step = self._own.get("loads", "async") == "sync"
         if self._loads_in_step and getattr(vllm_config.scheduler_config, "async_scheduling", False):

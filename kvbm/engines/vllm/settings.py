@@ -1,4 +1,4 @@
-"""What the connector takes from vLLM's configuration: our settings, and what names the bytes of a block."""
+"""What the connector takes from vLLM's configuration: our settings, and what it cannot do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from kvbm.config.sizes import parse_size
 from kvbm.errors import ConfigError
-from kvbm.fingerprint import find_fingerprint
 
 _log = logging.getLogger("kvbm.engines")
 _SECTIONS = ("host", "disk", "remote", "offload", "runtime")
@@ -45,8 +44,10 @@ def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
             sections[key] = {"size": value} if isinstance(value, (str, int)) else dict(value)
         elif key in _OWN:
             own[key] = _checked(key, value)
+        elif key == "copy_thread_blocks":
+            sections["device"] = {key: value}  # the one key of the device tier that is not vLLM's to say
         else:
-            known = ", ".join((*_SECTIONS, *_OWN))
+            known = ", ".join((*_SECTIONS, *_OWN, "copy_thread_blocks"))
             raise ConfigError(f"kv_connector_extra_config has no key {key!r}, use {known}")
     return sections, own
 
@@ -59,6 +60,32 @@ def _checked(key: str, value: Any) -> Any:
     if key == "loads" and value not in _LOADS:
         raise ConfigError(f"kv_connector_extra_config: loads is {value!r}, use {' or '.join(_LOADS)}")
     return value
+
+
+def need_supported(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Refuse an engine whose blocks, or whose names for them, are not what this connector takes them for.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+    kv_cache_config : KVCacheConfig
+
+    Raises
+    ------
+    ConfigError
+        Layers are on several ranks in turn, the tokens of a block are, or blocks have names of another size.
+    """
+    parallel = vllm_config.parallel_config
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ConfigError(f"{name} is {getattr(parallel, name)}, this connector can do with 1 only")
+    unit = getattr(vllm_config.cache_config, "prefix_match_unit", None)
+    sizes = sorted({group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups})
+    if unit is not None and sizes != [unit]:
+        raise ConfigError(
+            f"prefix_match_unit is {unit}, blocks have {sizes} tokens: this connector needs a name for each block, "
+            "leave prefix_match_unit out"
+        )
 
 
 def warn_of_policy(transfer_config: Any) -> None:
@@ -126,26 +153,3 @@ def part_of(sections: Mapping[str, Any], *, group: int, num_groups: int, rank: i
 def folder_of(path: str, group: int) -> Path:
     """Give where the disk tier of one group of layers lies."""
     return Path(path) / f"group{group}" if group else Path(path)
-
-
-def fingerprint_of(vllm_config: Any, kernel: str) -> str:
-    """Say which model computed the bytes of a block, and how this engine lays them out inside.
-
-    Parameters
-    ----------
-    vllm_config : VllmConfig
-    kernel : str
-        The attention backend, where it decides what is in a block.
-    """
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    parts = [
-        find_fingerprint(str(model.model)),
-        f"revision={model.revision or ''}",
-        f"dtype={model.dtype}",
-        f"quantisation={model.quantization or ''}",
-        f"cache_dtype={cache.cache_dtype}",
-        f"tokens={cache.block_size}",
-        f"hash={cache.prefix_caching_hash_algo}",
-        f"kernel={kernel}",
-    ]
-    return ",".join(parts)

@@ -13,8 +13,9 @@ from kvbm._backend import default_backend
 from kvbm.engines.counts import Counts, Data, read_shards
 from kvbm.engines.shard import Shard
 from kvbm.engines.tensors import layers_of
+from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import fingerprint_of, part_of, read_settings
+from kvbm.engines.vllm.settings import need_supported, part_of, read_settings
 from kvbm.engines.worker import StepNews, WorkerCore
 
 _log = logging.getLogger("kvbm.engines")
@@ -30,9 +31,15 @@ class VllmWorker:
     kv_cache_config : KVCacheConfig
     rank, num_ranks : int
         Of the shard.
+
+    Raises
+    ------
+    ConfigError
+        See `need_supported`; or a setting is unknown.
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *, rank: int, num_ranks: int) -> None:
+        need_supported(vllm_config, kv_cache_config)
         self._config = vllm_config
         self._cache = kv_cache_config
         self._rank, self._num_ranks = rank, num_ranks
@@ -54,7 +61,7 @@ class VllmWorker:
             layers, numbers = layers_of(group.layer_names, kv_caches, num_blocks)
             self._places.update((name, (index, number)) for name, number in numbers.items())
             self._has_gpu |= any(layer.device is not None for layer in layers)
-            kernel = type(group.kv_cache_spec).__name__
+            kernel = kernel_of(self._config, group.layer_names, kv_caches, group.kv_cache_spec)
             self._shards.append(
                 Shard(
                     layers,

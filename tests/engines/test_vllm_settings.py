@@ -1,0 +1,111 @@
+"""What the connector refuses of vLLM's configuration, and what names the bytes of a block; without vLLM."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of
+from kvbm.engines.vllm.settings import need_supported
+from kvbm.errors import ConfigError
+
+SPEC = SimpleNamespace(block_size=64)
+
+
+class Values:
+    """A model's configuration as transformers has it."""
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+class Tensor:
+    """A tensor's outside."""
+
+    dtype = "float16"
+
+    def __init__(self, *shape: int, strides: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._strides = strides
+
+    def stride(self) -> tuple[int, ...]:
+        return self._strides
+
+
+def config(**changes: Any) -> SimpleNamespace:
+    """Make a configuration of vLLM's with one thing changed."""
+    model = {"model": "some/model", "revision": None, "dtype": "bfloat16", "quantization": None, "max_model_len": 4096}
+    model |= {"hf_config": Values(rope_theta=1e4), "hf_text_config": SimpleNamespace(rope_parameters=None)}
+    cache = {"cache_dtype": "auto", "block_size": 64, "prefix_caching_hash_algo": "sha256", "prefix_match_unit": None}
+    parallel = dict.fromkeys(("pipeline_parallel_size", "decode_context_parallel_size"), 1)
+    parts = [SimpleNamespace(**{**part, **changes}) for part in (model, cache, parallel)]
+    return SimpleNamespace(model_config=parts[0], cache_config=parts[1], parallel_config=parts[2])
+
+
+def long_rope(max_model_len: int) -> SimpleNamespace:
+    """Make that of a model that has factors for texts of more than 4,096 tokens."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    return config(hf_text_config=SimpleNamespace(rope_parameters=rope), max_model_len=max_model_len)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        config(hf_config=Values(rope_theta=1e6)),
+        config(model="another/model"),
+        config(revision="v2"),
+        config(cache_dtype="fp8"),
+        config(block_size=32),
+        long_rope(4096),
+    ],
+)
+def test_what_changes_the_bytes_changes_the_fingerprint(other: SimpleNamespace) -> None:
+    assert fingerprint_of(config(), "k") != fingerprint_of(other, "k")
+
+
+def test_what_does_not_change_the_bytes_keeps_the_fingerprint() -> None:
+    known = fingerprint_of(config(hf_config=Values(rope_theta=1e4, _name_or_path="/a", transformers_version="5")), "k")
+    assert known == fingerprint_of(config(), "k") == fingerprint_of(config(max_model_len=9), "k")
+
+
+def test_the_length_of_texts_counts_where_it_chooses_the_factors_of_keys() -> None:
+    assert fingerprint_of(long_rope(100), "k") == fingerprint_of(long_rope(4096), "k")
+    assert fingerprint_of(long_rope(4097), "k") != fingerprint_of(long_rope(4096), "k")
+
+
+def test_scales_that_a_process_finds_for_itself_are_of_that_process() -> None:
+    one = config(calculate_kv_scales=True)
+    assert fingerprint_of(one, "k") != fingerprint_of(one, "k")
+
+
+def kernel(strides: tuple[int, ...], num_blocks: int = 8, isa: str = "vec") -> str:
+    layers = {"a": SimpleNamespace(attn_backend=Values, isa=isa)}
+    engine = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    return kernel_of(engine, ["a"], {"a": Tensor(num_blocks, 2, 4, 16, strides=strides)}, SPEC)
+
+
+def test_how_kernels_arrange_a_block_is_in_their_name() -> None:
+    known = kernel((128, 64, 16, 1))
+    assert known == kernel((256, 64, 16, 1), num_blocks=99), "where blocks lie does not count"
+    assert known != kernel((128, 16, 32, 1)), "tokens outside heads"
+    assert known != kernel((128, 64, 16, 1), isa="amx"), "keys packed for other instructions"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
+        ({"prefix_match_unit": 32}, r"prefix_match_unit is 32, blocks have \[64\] tokens"),
+    ],
+)
+def test_an_engine_whose_blocks_are_not_ours_to_name_is_refused(changes: dict[str, Any], words: str) -> None:
+    caches = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=SPEC)])
+    need_supported(config(prefix_match_unit=64), caches)
+    with pytest.raises(ConfigError, match=words):
+        need_supported(config(**changes), caches)
