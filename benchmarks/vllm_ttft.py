@@ -134,6 +134,8 @@ class Subject:
             },
             "idle": {"kv_connector": "IdleConnector", "kv_connector_module_path": "idle_connector"},
         }
+        if self._kind == "example":  # of a prompt in chunks it keeps the first only
+            more["max_num_batched_tokens"] = self._num_tokens + BLOCK_TOKENS
         if self._kind == "kvbm":
             Path(self._folder, "slab").mkdir(parents=True, exist_ok=True)
         if self._kind in transfers:

@@ -1,4 +1,4 @@
-"""An engine's block digests as our sequence hashes: their last 16 bytes as they are, converted once each."""
+"""An engine's block digests as our sequence hashes: their last 16 bytes, converted once each."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ class Digests:
     ----------
     allow_weak : bool
         Take digests of fewer than 16 bytes, zero-padded: two prompts may then be taken for one.
+    variant : int
+        64 bits that tell apart what the engine's digests do not, such as an adapter that was trained anew under its old
+        name. They go into the first eight bytes: engines name blocks in events by the last eight.
     """
 
-    def __init__(self, *, allow_weak: bool = False) -> None:
+    def __init__(self, *, allow_weak: bool = False, variant: int = 0) -> None:
         self._allow_weak = allow_weak
+        self._variant = np.uint64(variant)
         self._names: HashArray = np.zeros((16, 2), dtype=np.uint64)
         self._num_names = 0
 
@@ -57,6 +61,7 @@ class Digests:
                 grown[:num_known] = self._names[:num_known]
                 self._names = grown
             self._names[num_known:num_all] = np.frombuffer(data, dtype="<u8").reshape(-1, 2)
+            self._names[num_known:num_all, 0] ^= self._variant
             self._num_names = num_all
         return self.names
 

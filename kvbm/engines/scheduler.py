@@ -27,6 +27,7 @@ from kvbm.jobs.messages import decode_result
 from kvbm.types import IdArray, Tier
 
 _SHORTEST_S = 0.25  # that a load may take; a shorter one would end for a pause of the machine
+_FORGET_S = 30.0  # that an engine without requests goes on for a reset's sake; a disk may hang
 _ANSWER_S = 0.05  # an answer holds so long, unless the engine's own share of the prefix changes
 
 
@@ -95,6 +96,7 @@ class SchedulerCore:
         self._stager = Stager(
             self._groups, block_tokens=block_tokens, history=self.history, timeout_of=self._timeout_of, clock=clock
         )
+        self._forgets_until = 0.0
         self._requests: dict[str, Request] = {}
         self._in_step: dict[str, Request] = {}  # whose load is over before the pass
         self._holds: list[HoldOrder] = []
@@ -104,7 +106,7 @@ class SchedulerCore:
     # -- what an engine asks -----------------------------------------------------------------------------------
 
     def matched_tokens(
-        self, request_id: str, digests: Sequence[bytes], *, num_tokens: int, num_computed_tokens: int
+        self, request_id: str, digests: Sequence[bytes], *, num_tokens: int, num_computed_tokens: int, variant: int = 0
     ) -> tuple[int, bool]:
         """Count the tokens behind the computed ones that can be loaded; asked any number of times, changes nothing.
 
@@ -117,6 +119,8 @@ class SchedulerCore:
             Of the request; at least one of them is left to compute.
         num_computed_tokens : int
             That the engine has itself; whole blocks, or nothing is loaded.
+        variant : int
+            See `Digests`; the first call for a request decides.
 
         Returns
         -------
@@ -125,14 +129,17 @@ class SchedulerCore:
         is_async : bool
             Whether they come while the engine goes on with others.
         """
-        if num_computed_tokens % self._block_tokens or num_tokens < 1:
-            return 0, False
-        request = self._request(request_id)
-        if request.has_failed:
+        request = self._request(request_id, variant)
+        if request.has_failed or num_computed_tokens % self._block_tokens or num_tokens < 1:
             return 0, False
         now, answer = self._clock(), request.answer
         if answer is not None and answer.num_computed_tokens == num_computed_tokens and now < answer.until:
             return answer.num_tokens, answer.num_tokens > 0 and not answer.is_sync
+        if len(digests) > num_tokens // self._block_tokens:
+            raise ConfigError(
+                f"request {request_id!r} has {num_tokens} tokens and {len(digests)} names, need one for each "
+                f"{self._block_tokens} tokens"
+            )
         names = request.digests.extend(digests)
         num_computed = num_computed_tokens // self._block_tokens
         most = min(len(names), (num_tokens - 1) // self._block_tokens)
@@ -199,13 +206,19 @@ class SchedulerCore:
         request = self._request(request_id)
         if request.state is RequestState.NEW:
             request.go(RequestState.RUNNING)
-        names = request.digests.extend(digests)
-        if request.is_stale or request_id in self._in_step:  # what is computed from a bad block must not be saved
+        if num_tokens // self._block_tokens <= min(request.num_offered):
             return
+        names = request.digests.extend(digests)
         num_full = min(len(names), num_tokens // self._block_tokens)
+        is_unsaved = request.is_stale or request_id in self._in_step  # what is computed from a bad block
         for index, group in enumerate(self._groups):
-            first, request.num_offered[index] = request.num_offered[index], max(request.num_offered[index], num_full)
-            if first >= num_full:
+            first = request.num_offered[index]
+            if is_unsaved and not group.window_blocks:
+                continue  # a later step offers them
+            request.num_offered[index] = max(first, num_full)
+            if (
+                is_unsaved or first >= num_full
+            ):  # what a window has left is the engine's to fill anew: not offered later
                 continue
             mine: IdArray = np.asarray(slots[index][first:num_full], dtype=np.int32)
             (places,) = (mine != group.null_slot).nonzero()
@@ -264,6 +277,7 @@ class SchedulerCore:
             return False
         for planner in planners:
             planner.forgetter.forget_all()
+        self._forgets_until = self._clock() + _FORGET_S
         for request in self._requests.values():
             request.answer = None
             request.is_stale = request.state is RequestState.RUNNING
@@ -329,7 +343,8 @@ class SchedulerCore:
     def has_work(self) -> bool:
         """Whether steps are needed although the engine has nothing to compute."""
         has_jobs = any(group.channels.has_jobs for group in self._groups)
-        return bool(has_jobs or self.is_forgetting or self._holds or self._stager.has_work)
+        is_forgetting = self.is_forgetting and self._clock() < self._forgets_until
+        return bool(has_jobs or is_forgetting or self._holds or self._stager.has_work)
 
     @property
     def num_requests(self) -> int:
@@ -345,10 +360,10 @@ class SchedulerCore:
             return self._timeout_s
         return min(self._timeout_s, max(_SHORTEST_S, 2 * computing_s))
 
-    def _request(self, request_id: str) -> Request:
+    def _request(self, request_id: str, variant: int = 0) -> Request:
         request = self._requests.get(request_id)
         if request is None:
-            digests = Digests(allow_weak=self._allow_weak_hashes)
+            digests = Digests(allow_weak=self._allow_weak_hashes, variant=variant)
             request = self._requests[request_id] = Request(request_id, digests, [0] * len(self._groups))
         return request
 

@@ -15,7 +15,7 @@ from kvbm.engines.requests import Part, Request, RequestState
 from kvbm.errors import NotEnoughBlocksAvailable
 from kvbm.jobs import Transfer
 from kvbm.planner import EngineCopy, Hit
-from kvbm.types import HashArray
+from kvbm.types import HashArray, IdArray
 
 _log = logging.getLogger("kvbm.engines")
 
@@ -62,7 +62,11 @@ class Stager:
         self._history.allocated(request.request_id, first=first, last=last)
         for index, group in enumerate(self._groups):
             begin = group.first_needed(first, last)
-            part = Part(index, np.asarray(slots[index][begin:last], dtype=np.int32))
+            mine: IdArray = np.asarray(slots[index][begin:last], dtype=np.int32)
+            (nulls,) = (mine == group.null_slot).nonzero()
+            if len(nulls):  # the group needs nothing before them
+                begin, mine = begin + int(nulls[-1]) + 1, mine[int(nulls[-1]) + 1 :]
+            part = Part(index, mine)
             request.parts.append(part)
             part.staged = self._stage(request, group, names[begin:last])
         request.began_at = self._clock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from core_site import BLOCK_TOKENS, CoreSite, digests_of
 
 from kvbm._backend import Backend
 from kvbm.engines.messages import decode_report, encode_orders
+from kvbm.engines.scheduler import SchedulerCore
 from kvbm.engines.worker import StepNews
+from kvbm.jobs import CopyJob
+from kvbm.jobs.messages import decode_job
 from kvbm.types import Tier
 
 PROMPT = list(range(4 * BLOCK_TOKENS + 1))
@@ -104,3 +108,39 @@ def test_a_load_that_takes_twice_as_long_as_computing_is_given_up(site: CoreSite
     (order,) = site.core.orders().loads
     assert order.lost_slots == SLOTS[:4]
     assert not order.job_ids
+
+
+def test_slots_that_a_window_has_left_are_not_saved_behind_a_load_within_the_step(site: CoreSite) -> None:
+    group = dataclasses.replace(site.core._groups[0], window_blocks=2, null_slot=23)
+    core = SchedulerCore([group], block_tokens=BLOCK_TOKENS, clock=lambda: site.now, loads_in_step=True)
+    tokens = list(range(9 * BLOCK_TOKENS + 1))
+    slots = [23, 23, *range(2, 12)]
+    assert core.matched_tokens("b", digests_of(tokens), num_tokens=len(tokens), num_computed_tokens=0) == (16, False)
+    core.allocated("b", [slots], num_computed_tokens=0, num_external_tokens=16)
+    core.computed("b", digests_of(tokens), [slots], num_tokens=len(tokens))
+    (worker,) = site.workers
+    saved: list[int] = []
+    for _ in range(2):
+        orders = core.orders()
+        jobs = [decode_job(data) for data in orders.jobs[0]]
+        saved += [
+            slot for job in jobs if isinstance(job, CopyJob) for slot in job.source_ids if job.source is Tier.DEVICE
+        ]
+        worker.begin(encode_orders(orders))
+        worker.begin_sync_loads()
+        worker.after_forward()
+        with worker._has_ended:
+            assert worker._has_ended.wait_for(lambda: not worker._open, 60.0)
+        core.reported(decode_report(worker.take().report))
+        core.computed("b", digests_of(tokens), [slots], num_tokens=len(tokens) + 1)
+    core.finished("b")
+    assert not saved, "the engine fills them anew by then"
+
+
+def test_a_null_slot_is_never_loaded_into(site: CoreSite) -> None:
+    group = dataclasses.replace(site.core._groups[0], null_slot=23)
+    core = SchedulerCore([group], block_tokens=BLOCK_TOKENS, clock=lambda: site.now)
+    core.matched_tokens("b", digests_of(PROMPT), num_tokens=len(PROMPT), num_computed_tokens=0)
+    core.allocated("b", [[23, 23, 2, 3, 4]], num_computed_tokens=0, num_external_tokens=16)
+    jobs = [decode_job(data) for data in core.orders().jobs[0]]
+    assert [slot for job in jobs if isinstance(job, CopyJob) for slot in job.destination_ids] == [2, 3]

@@ -141,6 +141,16 @@ def test_what_a_rank_said_at_the_start_answers_the_first_question() -> None:
 # -- digests and states ---------------------------------------------------------------------------------------------
 
 
+def test_a_variant_changes_the_first_half_of_a_name_only() -> None:
+    digests = [bytes([number]) * 32 for number in range(3)]
+    plain, other = Digests().extend(digests), Digests(variant=2**64 - 1).extend(digests)
+    assert np.array_equal(plain[:, 1], other[:, 1])
+    assert not (plain[:, 0] == other[:, 0]).any()
+    grown = Digests(variant=2**64 - 1)
+    grown.extend(digests[:1])
+    assert np.array_equal(grown.extend(digests), other)
+
+
 @given(st.lists(st.binary(min_size=16, max_size=32), max_size=60), st.data())
 def test_digests_are_cut_to_sixteen_bytes_however_they_grow(digests: list[bytes], data: st.DataObject) -> None:
     known = Digests()

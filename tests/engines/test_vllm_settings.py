@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of
-from kvbm.engines.vllm.settings import need_supported
+from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of, variant_of
+from kvbm.engines.vllm.settings import need_supported, of_replica, part_of
 from kvbm.errors import ConfigError
 
 SPEC = SimpleNamespace(block_size=64)
@@ -83,6 +84,22 @@ def test_scales_that_a_process_finds_for_itself_are_of_that_process() -> None:
     assert fingerprint_of(one, "k") != fingerprint_of(one, "k")
 
 
+def test_an_adapter_that_was_trained_anew_is_another(tmp_path: Path) -> None:
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(bytes(9000))
+    asked = SimpleNamespace(lora_name="a", lora_path=str(tmp_path))
+    known = variant_of(asked)
+    assert known == variant_of(asked) != 0
+    weights.write_bytes(bytes(4500) + b"x" + bytes(4499))
+    assert variant_of(asked) != known
+    assert variant_of(None) == 0
+
+
+def test_an_adapter_whose_files_are_elsewhere_is_the_same_in_this_process_only() -> None:
+    asked = SimpleNamespace(lora_name="a", lora_path="/nowhere/a")
+    assert variant_of(asked) == variant_of(asked) != 0
+
+
 def kernel(strides: tuple[int, ...], num_blocks: int = 8, isa: str = "vec") -> str:
     layers = {"a": SimpleNamespace(attn_backend=Values, isa=isa)}
     engine = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
@@ -109,3 +126,14 @@ def test_an_engine_whose_blocks_are_not_ours_to_name_is_refused(changes: dict[st
     need_supported(config(prefix_match_unit=64), caches)
     with pytest.raises(ConfigError, match=words):
         need_supported(config(**changes), caches)
+
+
+def test_sizes_are_shared_by_ranks_and_groups_and_replicas_have_folders_of_their_own(tmp_path: Path) -> None:
+    sections = {"host": {"size": "8KiB"}, "disk": {"path": str(tmp_path), "size": 800}}
+    mine = part_of(sections, group=1, num_groups=2, rank=1, num_ranks=2)
+    assert (mine["host"]["size"], mine["disk"]["size"]) == (2048, 200)
+    assert mine["disk"]["path"] == str(tmp_path / "group1")
+    alone = SimpleNamespace(data_parallel_size=1, data_parallel_rank=0)
+    assert of_replica(sections, alone) == sections
+    second = SimpleNamespace(data_parallel_size=2, data_parallel_rank=1)
+    assert of_replica(sections, second)["disk"]["path"] == str(tmp_path / "replica1")

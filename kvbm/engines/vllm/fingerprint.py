@@ -16,6 +16,8 @@ from typing import Any
 
 from kvbm.fingerprint import find_fingerprint
 
+_SAMPLE_NBYTES = 4096
+_OF_THIS_PROCESS = secrets.token_bytes(16)
 _NOT_OF_THE_MODEL = ("_name_or_path", "name_or_path", "transformers_version")
 
 
@@ -77,16 +79,48 @@ def kernel_of(vllm_config: Any, names: Sequence[str], kv_caches: Mapping[str, An
     return f"{type(spec).__name__}-{digest}"
 
 
+def variant_of(lora_request: Any) -> int:
+    """Give 64 bits that name an adapter's files; 0 without an adapter.
+
+    Parameters
+    ----------
+    lora_request : LoRARequest or None
+
+    Notes
+    -----
+    vLLM's own digests have an adapter's name and path. What lies there may be trained anew, which a tier that outlives
+    the process would not notice. Reads a few pages of each file: once for a request is often enough.
+    """
+    if lora_request is None:
+        return 0
+    folder = Path(_place_of_name(str(lora_request.lora_path), "adapter_config.json"))
+    digest = hashlib.blake2b(digest_size=8, person=b"kvbm-adapter-v1")
+    try:
+        for path in sorted(one for one in folder.iterdir() if one.is_file()):
+            status = path.stat()
+            digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+            with path.open("rb", buffering=0) as file:
+                for place in (0, status.st_size // 2, max(0, status.st_size - _SAMPLE_NBYTES)):
+                    file.seek(place)
+                    digest.update(file.read(_SAMPLE_NBYTES))
+    except OSError:  # the engine has its files elsewhere: no other process is to find its blocks
+        digest.update(_OF_THIS_PROCESS)
+    return int.from_bytes(digest.digest(), "little")
+
+
 def _place_of(vllm_config: Any) -> str:
     """Give the folder of a model's files; its name where there is none: a name alone outlives changed weights."""
     model = vllm_config.model_config
-    name = str(model.model)
+    folder = getattr(getattr(vllm_config, "load_config", None), "download_dir", None)
+    return _place_of_name(str(model.model), "config.json", folder=folder, revision=model.revision)
+
+
+def _place_of_name(name: str, file: str, *, folder: str | None = None, revision: str | None = None) -> str:
     if Path(name).exists():
         return name
     try:
         find = importlib.import_module("huggingface_hub").try_to_load_from_cache
-        folder = getattr(getattr(vllm_config, "load_config", None), "download_dir", None)
-        found = find(name, "config.json", cache_dir=folder, revision=model.revision)
+        found = find(name, file, cache_dir=folder, revision=revision)
     except Exception:  # no such package, or nothing that it takes for a name
         return name
     return str(Path(found).parent) if isinstance(found, str) else name

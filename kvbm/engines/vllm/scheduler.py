@@ -20,8 +20,9 @@ from kvbm.engines.reset_note import ResetNotes
 from kvbm.engines.scheduler import SchedulerCore
 from kvbm.engines.shard import ShardDescription
 from kvbm.engines.vllm.events import VllmEvents
+from kvbm.engines.vllm.fingerprint import variant_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import folder_of, read_settings, warn_of_policy, warn_of_random_names
+from kvbm.engines.vllm.settings import folder_of, of_replica, read_settings, warn_of_policy, warn_of_random_names
 from kvbm.errors import ConfigError
 from kvbm.types import Tier
 
@@ -45,7 +46,8 @@ class VllmScheduler:
     """
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
-        self._sections, self._own = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        sections, self._own = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._sections = of_replica(sections, vllm_config.parallel_config)
         warn_of_policy(vllm_config.kv_transfer_config)
         warn_of_random_names(self._sections, vllm_config.cache_config.prefix_caching_hash_algo)
         self._cache = kv_cache_config
@@ -109,12 +111,14 @@ class VllmScheduler:
         """Count the tokens that can be loaded, and tell whether they come while the engine goes on."""
         if self._core is None:
             return 0, False
+        is_first = request.request_id not in self._asked
         self._asked[request.request_id] = num_computed_tokens
         return self._core.matched_tokens(
             request.request_id,
             request.block_hashes,
             num_tokens=request.num_tokens,
             num_computed_tokens=num_computed_tokens,
+            variant=variant_of(getattr(request, "lora_request", None)) if is_first else 0,
         )
 
     def hit_sources(self, request: Any, num_external_tokens: int) -> dict[Tier, int]:

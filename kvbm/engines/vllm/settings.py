@@ -143,10 +143,18 @@ def part_of(sections: Mapping[str, Any], *, group: int, num_groups: int, rank: i
         if "size" in section:
             section["size"] = max(1, parse_size(section["size"]) // (num_groups * num_ranks))
     mine.setdefault("runtime", {}).update({"rank": rank, "num_ranks": num_ranks})
-    if "path" in mine.get("disk", {}) and group:
+    if "path" in mine.get("disk", {}):
         folder = folder_of(mine["disk"]["path"], group)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine["disk"]["path"] = str(folder)
+    return mine
+
+
+def of_replica(sections: Mapping[str, Any], parallel_config: Any) -> dict[str, Any]:
+    """Give each data-parallel replica of an engine a folder of its own: a slab has one owner."""
+    mine = {name: dict(section) for name, section in sections.items()}
+    if getattr(parallel_config, "data_parallel_size", 1) > 1 and "path" in mine.get("disk", {}):
+        mine["disk"]["path"] = str(Path(mine["disk"]["path"]) / f"replica{parallel_config.data_parallel_rank}")
     return mine
 
 

@@ -15,7 +15,7 @@ from kvbm.engines.shard import Shard
 from kvbm.engines.tensors import layers_of
 from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import need_supported, part_of, read_settings
+from kvbm.engines.vllm.settings import need_supported, of_replica, part_of, read_settings
 from kvbm.engines.worker import StepNews, WorkerCore
 
 _log = logging.getLogger("kvbm.engines")
@@ -43,7 +43,8 @@ class VllmWorker:
         self._config = vllm_config
         self._cache = kv_cache_config
         self._rank, self._num_ranks = rank, num_ranks
-        self._sections, _ = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        sections, _ = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._sections = of_replica(sections, vllm_config.parallel_config)
         self._shards: list[Shard] = []
         self._core: WorkerCore | None = None
         self._begun: KvbmMetadata | None = None  # whose orders were taken last
