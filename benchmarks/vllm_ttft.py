@@ -38,6 +38,7 @@ from kvbm.types import Tier  # noqa: E402
 
 BLOCK_TOKENS = 128
 BATCH = 8
+HITS = 3  # of each kind, for each prompt
 NUM_LEARNING = 20
 SLOW_DISK = 20e6  # bytes a second
 BARS = {
@@ -58,8 +59,8 @@ class Subject:
 
     Parameters
     ----------
-    kind : {"kvbm", "example", "idle", "none"}
-        Its connector: ours, vLLM's example, one that does nothing, or none.
+    kind : {"kvbm", "kvbm_in_step", "example", "idle", "none"}
+        Its connector: ours, the same with ``"loads": "sync"``, vLLM's example, one that does nothing, or none.
     model, folder : str
         Folders of the model, and of what the connector keeps.
     num_tokens : int
@@ -68,6 +69,7 @@ class Subject:
 
     def __init__(self, kind: str, model: str, folder: str, num_tokens: int) -> None:
         self._kind, self._model, self._folder, self._num_tokens = kind, model, folder, num_tokens
+        self._is_ours = kind.startswith("kvbm")
         self._engine = self._start()
 
     def restart(self) -> None:
@@ -91,7 +93,7 @@ class Subject:
 
     def settle(self) -> None:
         """Let copies end."""
-        if self._kind == "kvbm":
+        if self._is_ours:
             self._engine.settle()
 
     def forget(self, *, and_memory: bool = False) -> None:
@@ -136,11 +138,13 @@ class Subject:
         }
         if self._kind == "example":  # of a prompt in chunks it keeps the first only
             more["max_num_batched_tokens"] = self._num_tokens + BLOCK_TOKENS
-        if self._kind == "kvbm":
+        if self._kind == "kvbm_in_step":
+            extra["loads"] = "sync"
+        if self._is_ours:
             Path(self._folder, "slab").mkdir(parents=True, exist_ok=True)
         if self._kind in transfers:
             more["kv_transfer_config"] = KVTransferConfig(kv_role="kv_both", **transfers[self._kind])
-        engine = Engine(Path(self._model), extra=extra, has_connector=self._kind == "kvbm", learns_speed=True, **more)
+        engine = Engine(Path(self._model), extra=extra, has_connector=self._is_ours, learns_speed=True, **more)
         engine.generate([prompt_of(9, 64)], 1)
         return engine
 
@@ -213,35 +217,48 @@ def measure_hits(model: str, folder: str, num_tokens: int, rounds: int) -> list[
     """Time a prompt cold and from each place where its blocks may lie."""
     whole = (num_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
     seeds = range(100, 100 + rounds)
-    times: dict[str, list[float]] = {name: [] for name in ("cold", "local", "host", "disk", "example")}
-    texts = {}
-    with Remote("kvbm", model, folder, num_tokens) as ours, Remote("example", model, folder, num_tokens) as example:
+    names = ("cold", "local", "host", "sync", "disk", "example_local", "example")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    texts: dict[int, tuple[int, ...]] = {}
+
+    def hit(name: str, subject: Remote, seed: int) -> None:
+        times[name].append(_hit(subject.first_token(seed), texts[seed], num_cached=whole))
+
+    with ExitStack() as stack:
+        ours, in_step, example = (
+            stack.enter_context(Remote(kind, model, f"{folder}-{kind}", num_tokens))
+            for kind in ("kvbm", "kvbm_in_step", "example")
+        )
         for seed in seeds:
             seconds, num_cached, texts[seed] = ours.first_token(seed)
             if num_cached:
                 raise RuntimeError(f"{num_cached} tokens of a prompt that was never seen are cached")
             times["cold"].append(seconds)
-            ours.settle()
-            times["local"].append(_hit(ours.first_token(seed), texts[seed], num_cached=whole))
-            ours.forget()
-            times["host"].append(_hit(ours.first_token(seed), texts[seed], num_cached=whole))
-            ours.forget()
+            in_step.first_token(seed)
             example.first_token(seed)
-            example.forget()
-            times["example"].append(_hit(example.first_token(seed), texts[seed], num_cached=whole))
+            ours.settle()
+            for _ in range(HITS):
+                hit("local", ours, seed)
+                hit("example_local", example, seed)
+                for name, subject in (("host", ours), ("sync", in_step), ("example", example)):
+                    subject.forget()
+                    hit(name, subject, seed)
         ours.first_token(99)  # so that what came before has gone on to the disk
         ours.settle()
         ours.restart()
         for seed in seeds:
-            times["disk"].append(_hit(ours.first_token(seed), texts[seed], num_cached=whole))
+            hit("disk", ours, seed)
             ours.forget()
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = [make_row("ttft_cold", "s", times["cold"], None)]
     rows += [make_row(f"ttft_{name}_hit", "s", times[name], medians["cold"]) for name in ("local", "host", "disk")]
+    rows.append(make_row("ttft_host_hit_in_step", "s", times["sync"], medians["cold"]))
     rows.append(make_row("ttft_example_connector", "s", times["example"], medians["cold"]))
-    for name in ("host", "disk"):
-        rows.append(make_row(f"{name}_behind_local", "s", np.array(times[name]) - medians["local"], None))
-        rows.append(make_row(f"{name}_beside_example", "s", times[name], medians["example"]))
+    rows += [make_row(f"{name}_beside_example", "s", times[name], medians["example"]) for name in ("host", "disk")]
+    example_behind = medians["example"] - medians["example_local"]
+    rows.append(make_row("example_behind_local", "s", np.array(times["example"]) - medians["example_local"], None))
+    for name, row in (("host", "host"), ("sync", "host_in_step"), ("disk", "disk")):
+        rows.append(make_row(f"{row}_behind_local", "s", np.array(times[name]) - medians["local"], example_behind))
     return rows
 
 
@@ -300,7 +317,7 @@ def _paired(name: str, unit: str, ours: list[float], others: list[float], *, is_
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=8192)
     given = parser.parse_args(arguments)

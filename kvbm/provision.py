@@ -78,7 +78,21 @@ def _find_gpu(config: Config, given: Mapping[Tier, Storage]) -> Gpu | None:
     return find_gpu(None if kind == "auto" else kind, index=config.device.index)
 
 
-def _make_layout(config: Config, tier: Tier, gpu: Gpu | None) -> BlockLayout:
+def make_layout(config: Config, tier: Tier, gpu: Gpu | None = None) -> BlockLayout:
+    """Lay out the blocks of one tier.
+
+    Parameters
+    ----------
+    config, tier, gpu
+        As for `make_storage`.
+
+    Raises
+    ------
+    ConfigError
+        A plug-in gives something else, or the tier has no room for a block.
+    StorageError
+        The GPU has none.
+    """
     model, section = config.model, config.tier(tier)
     dimensions: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -153,7 +167,7 @@ def make_storage(config: Config, tier: Tier, *, model: str | None, backend: Back
     SlabFormatError
         The disk tier's slab is of another model or layout.
     """
-    layout = _make_layout(config, tier, gpu)
+    layout = make_layout(config, tier, gpu)
     section = config.tier(tier)
     fingerprint = slab_fingerprint(model, layout, rank=config.runtime.rank, num_ranks=config.runtime.num_ranks)
     if tier is Tier.DISK:

@@ -40,7 +40,7 @@ def make_group(
     Raises
     ------
     ConfigError
-        There is no tier below the engine's memory, or ranks differ in theirs.
+        There is no tier below the engine's memory, or ranks differ in theirs, or in whether rank 0's are all ranks'.
     """
     first = shards[0]
     for rank, shard in enumerate(shards):
@@ -52,8 +52,11 @@ def make_group(
             raise ConfigError(f"rank {rank} has the tiers {list(shard.num_blocks)}, rank 0 {list(first.num_blocks)}")
     if "host" not in first.num_blocks:
         raise ConfigError('a connector needs a host tier: give it memory, as {"host": "20GiB"}')
-    channels = StepChannels(len(shards))
-    for rank, shard in enumerate(shards):
+    if len({shard.is_shared for shard in shards}) > 1:
+        sharing = [rank for rank, shard in enumerate(shards) if shard.is_shared]
+        raise ConfigError(f"ranks {sharing} of {len(shards)} share one host tier: give all the same settings")
+    channels = StepChannels(len(shards), is_shared=first.is_shared)
+    for rank, shard in enumerate(shards[: len(channels.channels)]):
         for tier, data in shard.inventories.items():
             channels.know(rank, Tier(tier), decode_result(data))
     pools = [

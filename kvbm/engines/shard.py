@@ -23,6 +23,7 @@ from kvbm._backend import Backend
 from kvbm.config import Config
 from kvbm.engines.reset_note import is_noted
 from kvbm.engines.runner import Runner
+from kvbm.engines.shared_host import HostShare, LeadingHost, follow
 from kvbm.engines.stream_copies import StreamCopies
 from kvbm.errors import LayoutError, StorageError
 from kvbm.executor import Executor
@@ -78,6 +79,8 @@ class ShardDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         Tiers that keep records, and that have no slots.
     inventories : dict of str to bytes
         What tiers that outlive the process hold: encoded results of `InventoryJob`.
+    is_shared : bool
+        Rank 0's tiers are those of all ranks.
     """
 
     num_blocks: dict[str, int]
@@ -85,6 +88,7 @@ class ShardDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     recording: list[str]
     keyed: list[str]
     inventories: dict[str, bytes]
+    is_shared: bool = False
 
 
 class Shard:
@@ -99,11 +103,13 @@ class Shard:
     fingerprint : str
         Of the model and the engine's way to lay out a block.
     backend : Backend
+    share : HostShare, optional
+        Every rank's blocks hold the same bytes, and rank 0 owns one copy for all.
 
     Attributes
     ----------
     storages : dict of Tier to Storage
-        From the top down.
+        From the top down; a follower has no more than the engine's memory and rank 0's host tier.
     executor : Runner
     num_layers : int
 
@@ -112,11 +118,21 @@ class Shard:
     LayoutError
         Layers of one group differ in their blocks, or lie on different devices.
     ConfigError, StorageError
-        A setting is impossible; memory, files or the GPU cannot be had.
+        A setting is impossible; memory, files or the GPU cannot be had; rank 0 does not give its host tier.
+
+    Notes
+    -----
+    With a share a follower blocks here until rank 0 has opened its tiers; rank 0 waits for nobody.
     """
 
     def __init__(
-        self, layers: Sequence[LayerMemory], settings: Mapping[str, Any], *, fingerprint: str, backend: Backend
+        self,
+        layers: Sequence[LayerMemory],
+        settings: Mapping[str, Any],
+        *,
+        fingerprint: str,
+        backend: Backend,
+        share: HostShare | None = None,
     ) -> None:
         layout = layout_of(layers)
         self.num_layers = layout.num_layers
@@ -134,18 +150,42 @@ class Shard:
         self._num_blocks = layout.num_blocks
         engine = _storage_over(layers, layout, backend)
         self._owners = [layer.owner for layer in layers]
-        self.storages = make_storages(self._config, model=fingerprint, backend=backend, given={Tier.DEVICE: engine})
+        self._leading: LeadingHost | None = None
+        self._followed: ShardDescription | None = None  # rank 0's
+        if share is None:
+            self._open({Tier.DEVICE: engine}, fingerprint)
+        elif share.is_follower:
+            host, words = follow(self._config, share, backend=backend)
+            self._followed = msgspec.msgpack.decode(words, type=ShardDescription)
+            self.storages = {Tier.DEVICE: engine, Tier.HOST: host}
+            self._run()
+        else:
+            self._leading = LeadingHost(self._config, share, backend=backend)
+            try:
+                self._open({Tier.DEVICE: engine, Tier.HOST: self._leading.storage}, fingerprint)
+            except BaseException:  # followers hear of it
+                self._leading.close()
+                raise
+            self._leading.give(msgspec.msgpack.encode(self._outline()))
+
+    def _open(self, given: Mapping[Tier, Storage], fingerprint: str) -> None:
+        """Open the tiers below the engine's memory."""
+        self.storages = make_storages(self._config, model=fingerprint, backend=self._backend, given=given)
+        self._run()
+        if self._config.disk.path and is_noted(Path(self._config.disk.path)):
+            self._forget_all()
+
+    def _run(self) -> None:
+        """Make what runs jobs."""
         self._below = Executor(
             {tier: storage for tier, storage in self.storages.items() if tier is not Tier.DEVICE},
             copy_threads=self._config.runtime.copy_threads,
             staging_blocks=self._config.offload.staging_blocks,
             verifies=self._config.offload.verify_checksums,
-            backend=backend,
+            backend=self._backend,
         )
         self.executor = Runner(self._below)
         self.executor.attach(self.storages[Tier.DEVICE], self._copies())
-        if self._config.disk.path and is_noted(Path(self._config.disk.path)):
-            self._forget_all()
 
     def _forget_all(self) -> None:
         """Forget what outlived the last process, which was told to and ended first."""
@@ -203,20 +243,34 @@ class Shard:
 
     def describe(self) -> ShardDescription:
         """Tell what the scheduler's half has to know, what outlived the last process included."""
+        if self._followed is not None:
+            return self._followed
+        jobs = {tier: InventoryJob(job_id=0, tier=tier) for tier in self._recording()}
+        inventories = {tier.value: encode(self.executor.execute(job)) for tier, job in jobs.items()}
+        return msgspec.structs.replace(self._outline(), inventories=inventories)
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether the tiers below the engine's memory are rank 0's."""
+        return self._followed is not None
+
+    def _outline(self) -> ShardDescription:
+        """Tell of the tiers, not of what they hold."""
         below = {tier: storage for tier, storage in self.storages.items() if tier is not Tier.DEVICE}
-        recording = self._recording()
-        jobs = {tier: InventoryJob(job_id=0, tier=tier) for tier in recording}
         return ShardDescription(
             num_blocks={tier.value: storage.num_blocks for tier, storage in below.items()},
             block_nbytes=self._config.model.block_nbytes,
-            recording=[tier.value for tier in recording],
+            recording=[tier.value for tier in self._recording()],
             keyed=[tier.value for tier, storage in below.items() if storage.capabilities.is_keyed],
-            inventories={tier.value: encode(self.executor.execute(job)) for tier, job in jobs.items()},
+            inventories={},
+            is_shared=self._leading is not None,
         )
 
     def close(self, timeout_s: float | None = None) -> None:
         """Let go of everything but the engine's memory; no job runs any more."""
         self.detach()
+        if self._leading is not None:
+            self._leading.close()
         self._below.close()
         for storage in self.storages.values():
             storage.close(timeout_s)

@@ -1,7 +1,9 @@
 """Channels that travel with an engine's steps: jobs go out with the next orders, results come back with a report.
 
-All ranks get the same jobs, so a job that the planner sends to each of them is in the orders once. Nothing here is ever
-waited for: an engine that makes no steps moves no bytes. Called from the scheduler's thread; safe from any.
+All ranks get the same jobs, so a job that the planner sends to each of them is in the orders once. Where rank 0 owns
+one copy for all, the planner sees one executor: what touches the engine's memory is answered by every rank, and the
+worst counts, anything else by rank 0. Nothing here is ever waited for: an engine that makes no steps moves no bytes.
+Called from the scheduler's thread; safe from any.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 
 import msgspec
+import numpy as np
 
 from kvbm.errors import PoolClosed
-from kvbm.jobs import CopyJob, InventoryJob, Job, JobResult
+from kvbm.jobs import CopyJob, InventoryJob, Job, JobResult, Outcome
 from kvbm.jobs.channel import Receive
 from kvbm.types import Tier
 
@@ -31,21 +34,26 @@ class StepChannels:
     Parameters
     ----------
     num_ranks : int
+    is_shared : bool
+        Rank 0 owns the tiers of all.
     clock : callable
         Gives seconds; monotonic.
 
     Attributes
     ----------
     channels : list of StepChannel
-        One for each rank, for the planner.
+        For the planner: one for each rank, or one for all of them.
     """
 
-    def __init__(self, num_ranks: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.channels = [StepChannel(self, rank) for rank in range(num_ranks)]
+    def __init__(self, num_ranks: int, *, is_shared: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_ranks = num_ranks
+        self._is_shared = is_shared
+        self.channels = [StepChannel(self, rank) for rank in range(1 if is_shared else num_ranks)]
         self._clock = clock
         self._lock = threading.Lock()
         self._outgoing: dict[int, Job] = {}
         self._open: dict[int, set[int]] = {}  # job -> ranks that have not answered
+        self._parts: dict[int, list[JobResult]] = {}  # of jobs that several ranks answer as one
         self._until: dict[int, float] = {}  # job -> moment until which steps are made for its answer
         self._inventories: dict[tuple[int, Tier], JobResult] = {}
         self.is_closed = False
@@ -81,19 +89,27 @@ class StepChannels:
 
     def receive(self, rank: int, results: Iterable[JobResult]) -> None:
         """Hand over what a rank has answered."""
-        channel = self.channels[rank]
+        channel = self.channels[0 if self._is_shared else rank]
         for result in results:
             with self._lock:
                 ranks = self._open.get(result.job_id)
                 is_known = ranks is not None and rank in ranks
+                is_last = False
                 if ranks is not None:
                     ranks.discard(rank)
-                    if not ranks:
+                    is_last = not ranks
+                    if is_last:
                         del self._open[result.job_id], self._until[result.job_id]
-            if is_known:
-                channel.answer(result)
-            else:
+                whole = self._add(result, is_last) if self._is_shared and is_known else result
+            if not is_known:
                 _log.warning("answer to no open job rank=%d job_id=%d", rank, result.job_id)
+            elif whole is not None:
+                channel.answer(whole)
+
+    def _add(self, result: JobResult, is_last: bool) -> JobResult | None:
+        """Keep a rank's answer, under the lock; with the last one give the answer of all."""
+        self._parts.setdefault(result.job_id, []).append(result)
+        return _join(self._parts.pop(result.job_id)) if is_last else None
 
     # -- for the channels --------------------------------------------------------------------------------------
 
@@ -107,7 +123,10 @@ class StepChannels:
                 raise PoolClosed("the engine is closing: it makes no more steps")
             ranks = self._open.get(job.job_id)
             if ranks is None:
-                self._open[job.job_id] = {rank}
+                is_for_all = (
+                    self._is_shared and isinstance(job, CopyJob) and Tier.DEVICE in (job.source, job.destination)
+                )
+                self._open[job.job_id] = set(range(self._num_ranks)) if is_for_all else {rank}
                 timeout_s = job.timeout_s if isinstance(job, CopyJob) else None
                 self._until[job.job_id] = self._clock() + max(_WORTH_S, timeout_s or 0.0)
                 self._outgoing[job.job_id] = job
@@ -117,7 +136,7 @@ class StepChannels:
     def knows(self, rank: int, job_id: int) -> bool:
         """Whether a rank has been sent a job and has not answered."""
         with self._lock:
-            return rank in self._open.get(job_id, ())
+            return job_id in self._open if self._is_shared else rank in self._open.get(job_id, ())
 
 
 class StepChannel:
@@ -163,3 +182,22 @@ class StepChannel:
         """Take no more jobs; return whether all were answered: there may be no further step to answer in."""
         self._group.is_closed = True
         return not self._group.has_open_jobs
+
+
+def _join(parts: list[JobResult]) -> JobResult:
+    """Put the answers of several ranks together: a block is as good as the worst of them says."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    if len({len(part.outcomes) for part in parts}) > 1:  # not of this version: nobody can say which block is meant
+        counts = [len(part.outcomes) for part in parts]
+        outcomes = np.full(max(counts), Outcome.FAILED, dtype=np.uint8)
+        return JobResult(job_id=first.job_id, outcomes=outcomes, reason=f"ranks answered for {counts} blocks")
+    return JobResult(
+        job_id=first.job_id,
+        outcomes=np.maximum.reduce([part.outcomes for part in parts]),
+        nbytes=sum(part.nbytes for part in parts),
+        seconds=max(part.seconds for part in parts),
+        reason=next((part.reason for part in parts if part.reason), ""),
+        is_away=any(part.is_away for part in parts),
+    )

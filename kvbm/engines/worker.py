@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvbm.engines.messages import LoadOrder, StepReport, decode_orders, encode_report
 from kvbm.engines.runner import JobRunner, streams_of
@@ -63,6 +63,8 @@ class WorkerCore:
     rank : int
     tier : Tier
         Of the engine's memory in jobs.
+    following : collection of int
+        Groups whose tiers below are rank 0's: this rank loads from there and saves nothing.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class WorkerCore:
         *,
         rank: int = 0,
         tier: Tier = Tier.DEVICE,
+        following: Collection[int] = (),
     ) -> None:
         self._rank = rank
+        self._following = frozenset(following)
         self._tier = tier
         self._runners = list(runners)
         self._channels = [LocalChannel(one.execute, is_bounded=one.is_bounded) for one in runners]
@@ -116,7 +120,12 @@ class WorkerCore:
         between memories end. On a GPU the stream waits for that instead. Synchronous loads wait for `begin_sync_loads`.
         """
         step = decode_orders(orders)
-        jobs = [(group, decode_job(data)) for group, part in enumerate(step.jobs) for data in part]
+        jobs = [
+            (group, job)
+            for group, part in enumerate(step.jobs)
+            for job in map(decode_job, part)
+            if group not in self._following or self._touches_engine(job)
+        ]
         self._end_step(stream)
         self._is_spoilt = False
         if step.has_fence:
@@ -128,7 +137,7 @@ class WorkerCore:
             self._holds.update((order.request_id, order.job_ids) for order in step.holds)
             self._open.update(((group, job.job_id), job) for group, job in jobs)
         for group, job in jobs:
-            if not (isinstance(job, CopyJob) and self._tier in (job.source, job.destination)):
+            if not self._touches_engine(job):
                 self._channels[group].send(job)
             elif job.source is self._tier:
                 self._saves.append((group, job))
@@ -209,7 +218,8 @@ class WorkerCore:
         Notes
         -----
         After a synchronous load that lost a block, the pass has read bytes that nobody vouches for: none of the step's
-        saves is begun, all are answered as failed.
+        saves is begun, all are answered as failed. A follower answers saves too, for that alone: what one rank has read
+        is in what all ranks compute.
         """
         self.finish_sync_loads()
         saves, self._saves = self._saves, []
@@ -218,7 +228,10 @@ class WorkerCore:
             for group, job in saves:
                 self._receive(group, answer_all(job, Outcome.FAILED, "the step read blocks that could not be loaded"))
             return
-        self._send(saves, stream)
+        for group, job in saves:
+            if group in self._following:
+                self._receive(group, answer_all(job, Outcome.OK, ""))
+        self._send([(group, job) for group, job in saves if group not in self._following], stream)
 
     def take(self) -> StepNews:
         """Give what has ended since the last call."""
@@ -259,6 +272,14 @@ class WorkerCore:
             )
         if not is_quiet:
             raise TransferTimeout(f"blocks of the engine are still being saved after {timeout_s} s")
+
+    def wait_for_results(self, timeout_s: float) -> bool:
+        """Wait until there is something to report, or nothing open; return whether it is so.
+
+        For a step that computes nothing: its engine would only ask again.
+        """
+        with self._lock:
+            return self._has_ended.wait_for(lambda: any(self._results) or not self._open, timeout_s)
 
     @property
     def has_layers(self) -> bool:
@@ -310,6 +331,9 @@ class WorkerCore:
     def _lost_slots(self, order: LoadOrder) -> set[int]:
         """Give the slots of an order that do not hold what they should, under the lock, once its jobs have ended."""
         return set(order.lost_slots).union(*(self._bad_slots.pop(job, ()) for job in order.job_ids))
+
+    def _touches_engine(self, job: Job) -> TypeGuard[CopyJob]:
+        return isinstance(job, CopyJob) and self._tier in (job.source, job.destination)
 
     def _is_save(self, job: Job) -> bool:
         return isinstance(job, CopyJob) and job.source is self._tier

@@ -37,6 +37,8 @@ class HostStorage(Storage):
     layout : BlockLayout
     buffers : sequence of buffers, optional
         Writable, contiguous, one for each buffer of the layout; kept alive. None maps memory of our own.
+    is_read_only : bool
+        Buffers are given that others write and this storage only reads; they may be read-only.
     use_huge_pages : bool
         Ask the kernel for huge pages; what came of it is in `has_huge_pages`.
     num_threads : int
@@ -55,7 +57,7 @@ class HostStorage(Storage):
     StorageError
         The memory cannot be had.
     LayoutError
-        Buffers of wrong number or size, or read-only ones.
+        Buffers of wrong number or size, or read-only ones where they are to be written.
     """
 
     capabilities = StorageCapabilities(is_addressable=True)
@@ -65,12 +67,14 @@ class HostStorage(Storage):
         layout: BlockLayout,
         *,
         buffers: Sequence[Any] | None = None,
+        is_read_only: bool = False,
         use_huge_pages: bool = True,
         num_threads: int = 2,
         gpu: Gpu | None = None,
         backend: Backend | None = None,
     ) -> None:
         super().__init__(layout)
+        self._is_read_only = is_read_only
         self._copy_blocks = (backend or default_backend()).copy_blocks
         self.has_huge_pages = False
         self.pinned: PinnedMemory | None = None
@@ -79,9 +83,9 @@ class HostStorage(Storage):
             self.buffers = self._pin(gpu, use_huge_pages, num_threads)
         elif buffers is None:
             self.buffers = [self._map(use_huge_pages) for _ in range(layout.num_buffers)]
-            _touch(self.buffers, num_threads)
+            touch_pages(self.buffers, num_threads)
         else:
-            self.buffers = [_as_bytes(buffer, i) for i, buffer in enumerate(buffers)]
+            self.buffers = [_as_bytes(buffer, i, is_read_only) for i, buffer in enumerate(buffers)]
         addresses = [buffer.ctypes.data for buffer in self.buffers]
         self._bound: BoundLayout | None = layout.bind(addresses, [buffer.nbytes for buffer in self.buffers])
         self._block_nbytes = layout.block_nbytes
@@ -132,6 +136,8 @@ class HostStorage(Storage):
 
     def write(self, block_ids: IdArray, data: npt.NDArray[np.uint8]) -> None:
         """Copy blocks in: (num_blocks, block_nbytes) uint8, host."""
+        if self._is_read_only:
+            raise StorageError(f"{type(self).__name__} is read-only: whoever owns its memory writes it")
         ids = self._begin(block_ids)
         data = self._checked_data(ids, data)
         self.has_checksum[ids] = False
@@ -216,8 +222,20 @@ class HostStorage(Storage):
         return np.frombuffer(memory, dtype=np.uint8)
 
 
-def _touch(buffers: Sequence[npt.NDArray[np.uint8]], num_threads: int) -> None:
-    """Write one byte of every page, the buffers cut among threads."""
+def touch_pages(buffers: Sequence[npt.NDArray[np.uint8]], num_threads: int) -> None:
+    """Write a zero to every page, the buffers cut among threads.
+
+    Parameters
+    ----------
+    buffers : sequence of (nbytes,) uint8, host
+        Fresh memory: the first byte of each page is lost.
+    num_threads : int
+        Wanted; no more than there are cores.
+
+    Notes
+    -----
+    Blocks until all is touched.
+    """
     num_threads = max(1, min(num_threads, os.cpu_count() or 1))
 
     def touch(part: int) -> None:
@@ -233,8 +251,8 @@ def _touch(buffers: Sequence[npt.NDArray[np.uint8]], num_threads: int) -> None:
         thread.join()
 
 
-def _as_bytes(buffer: Any, index: int) -> npt.NDArray[np.uint8]:
+def _as_bytes(buffer: Any, index: int, is_read_only: bool) -> npt.NDArray[np.uint8]:
     view = memoryview(buffer)
-    if view.readonly or not view.c_contiguous:
+    if (view.readonly and not is_read_only) or not view.c_contiguous:
         raise LayoutError(f"buffer {index} must be writable and contiguous")
     return np.frombuffer(view.cast("B"), dtype=np.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,16 @@ def test_sizes_in_blocks_are_compared_once_a_block_is_known() -> None:
     first, second = check_sizes(setup, block_nbytes=60, num_groups=2)
     assert (first.state, second.state) == (State.OK, State.WARNING)
     assert "1.17 KiB" in first.found
+
+
+def test_ranks_that_share_one_copy_need_room_for_one() -> None:
+    engine = {"kv_cache_memory_bytes": "1GiB", "tensor_parallel_size": 4}
+    setup = make({"host": "2GiB"}, engine=engine)
+    assert [one.state.value for one in check_sizes(setup)] == ["warning"]
+    setup = replace(setup, has_one_copy=True)
+    assert [one.state.value for one in check_sizes(setup)] == ["ok"]
+    setup = replace(make({"host": {"num_blocks": 10}}, engine=engine), has_one_copy=True)
+    assert setup.nbytes_of("host", block_nbytes=60, num_groups=2) == 1200
 
 
 @pytest.mark.parametrize(

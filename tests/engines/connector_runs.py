@@ -16,6 +16,7 @@ SHAPES = st.builds(
     num_blocks=st.sampled_from([9, 12, 16, 24]),
     windows=st.sampled_from([(0,), (0,), (0, 6), (5, 0)]),
     num_ranks=st.sampled_from([1, 1, 2]),
+    has_mla=st.booleans(),
     budget_tokens=st.sampled_from([16, 32, 6]),
     max_running=st.sampled_from([4, 2, 1]),
     has_prefix_cache=st.booleans(),

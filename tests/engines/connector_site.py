@@ -123,6 +123,10 @@ class KvbmSchedules(ConnectorSchedules):
         below: list[Any] = list(shards[number // 2 % len(shards)].storages.values())[1:]
         storage = below[number // 4 % len(below)]
         memory = getattr(storage, "storage", storage).buffers[0]
+        if not memory.flags.writeable:  # rank 0's, as this one sees it
+            memory = (
+                self.engine.worker_halves[0]._worker._shards[number // 2 % len(shards)].storages[Tier.HOST].buffers[0]
+            )
         memory[number * 131 % memory.size] ^= 1 << number % 8
 
     def evict(self, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm._backend import Backend
+from kvbm.config import Config
 from kvbm.engines.groups import Group
 from kvbm.engines.messages import decode_report, encode_orders
 from kvbm.engines.scheduler import SchedulerCore
+from kvbm.engines.shared_host import HostShare, LeadingHost, follow
+from kvbm.engines.shared_memory import name_of
 from kvbm.engines.step_channel import StepChannels
 from kvbm.engines.worker import StepNews, WorkerCore
 from kvbm.executor import Executor
@@ -60,6 +64,20 @@ class FakeRequest:
         return digests_of(self.tokens)
 
 
+def _shared_hosts(num_ranks: int, num_blocks: int, backend: Backend) -> list[HostStorage]:
+    """Make one host tier, and a view of it for each rank."""
+    config = Config.from_dict({"model": MODEL, "host": {"num_blocks": num_blocks}})
+    name = name_of("core site", os.getpid(), os.urandom(8))
+    shares = [HostShare(name, rank, num_ranks) for rank in range(num_ranks)]
+    leading = LeadingHost(config, shares[0], backend=backend)
+    leading.give(b"")
+    try:
+        others = [follow(config, share, backend=backend)[0] for share in shares[1:]]
+    finally:
+        leading.close()
+    return [leading.storage, *others]
+
+
 class CoreSite:
     """Scheduler's half, a worker for each rank, and an engine that does what engines do with its blocks."""
 
@@ -72,9 +90,12 @@ class CoreSite:
         host: int = 10,
         disk: int = 32,
         num_ranks: int = 1,
+        is_shared: bool = False,
         limits: Limits | None = None,
     ) -> None:
         self.now = 0.0
+        self.is_shared = is_shared
+        hosts = _shared_hosts(num_ranks, host, backend) if is_shared else []
         self.ranks: list[dict[Tier, Storage]] = []
         for rank in range(num_ranks):
             self.ranks.append(
@@ -82,19 +103,25 @@ class CoreSite:
                     Tier.DEVICE: DeviceStorage(
                         BlockLayout.layer_separate(num_blocks=num_slots, block_first=True, **MODEL), backend=backend
                     ),
-                    Tier.HOST: HostStorage(BlockLayout.fully_contiguous(num_blocks=host, **MODEL), backend=backend),
-                    Tier.DISK: DiskStorage(
-                        BlockLayout.fully_contiguous(num_blocks=disk, **MODEL),
-                        folder,
-                        name=f"rank{rank}",
-                        fingerprint="test",
-                        backend=backend,
-                    ),
+                    Tier.HOST: hosts[rank]
+                    if is_shared
+                    else HostStorage(BlockLayout.fully_contiguous(num_blocks=host, **MODEL), backend=backend),
                 }
             )
+            if rank == 0 or not is_shared:
+                self.ranks[rank][Tier.DISK] = DiskStorage(
+                    BlockLayout.fully_contiguous(num_blocks=disk, **MODEL),
+                    folder,
+                    name=f"rank{rank}",
+                    fingerprint="test",
+                    backend=backend,
+                )
         self.executors = [Executor(storages, backend=backend) for storages in self.ranks]
-        self.workers = [WorkerCore([executor], rank=rank) for rank, executor in enumerate(self.executors)]
-        self.channels = StepChannels(num_ranks)
+        self.workers = [
+            WorkerCore([executor], rank=rank, following=[0] if is_shared and rank else [])
+            for rank, executor in enumerate(self.executors)
+        ]
+        self.channels = StepChannels(num_ranks, is_shared=is_shared)
         self.pools = [
             BlockPool(host, name="host", tier=Tier.HOST, backend=backend),
             BlockPool(disk, name="disk", tier=Tier.DISK, backend=backend),
@@ -130,11 +157,14 @@ class CoreSite:
             storages[Tier.DEVICE].write(ids, np.full((len(ids), NBYTES), POISON, dtype=np.uint8))
         self.free = sorted({*self.free, *slots})
 
+    def _bytes_of(self, digest: bytes, rank: int) -> npt.NDArray[np.uint8]:
+        return bytes_of(digest, 0 if self.is_shared else rank)
+
     def _compute(self, request: FakeRequest, first: int, last: int) -> None:
         """Fill blocks as a forward pass does."""
         for rank, storages in enumerate(self.ranks):
             ids = np.array(request.slots[first:last], dtype=np.int32)
-            data = [bytes_of(digest, rank) for digest in request.digests[first:last]]
+            data = [self._bytes_of(digest, rank) for digest in request.digests[first:last]]
             if data:
                 storages[Tier.DEVICE].write(ids, np.stack(data))
 
@@ -143,7 +173,7 @@ class CoreSite:
         for rank, storages in enumerate(self.ranks):
             data = storages[Tier.DEVICE].read(np.array(request.slots[first:last], dtype=np.int32))
             for got, digest in zip(data, request.digests[first:last], strict=True):
-                assert np.array_equal(got, bytes_of(digest, rank)), f"wrong bytes for {request.request_id}"
+                assert np.array_equal(got, self._bytes_of(digest, rank)), f"wrong bytes for {request.request_id}"
 
     # -- what users do -----------------------------------------------------------------------------------------
 

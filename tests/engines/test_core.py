@@ -182,16 +182,22 @@ acts = st.lists(st.tuples(verbs, st.integers(0, 2**20), prompts), min_size=1, ma
     acts=acts,
     num_slots=st.integers(6, 16),
     host=st.integers(1, 8),
-    num_ranks=st.integers(1, 2),
+    ranks=st.sampled_from([(1, False), (2, False), (2, True)]),
     job_blocks=st.integers(1, 3),
     share=st.sampled_from([0.25, 1.0]),
 )
 def test_no_schedule_gives_a_request_a_wrong_byte_or_leaks_a_block(
-    make_core: MakeCore, acts: list[Any], num_slots: int, host: int, num_ranks: int, job_blocks: int, share: float
+    make_core: MakeCore,
+    acts: list[Any],
+    num_slots: int,
+    host: int,
+    ranks: tuple[int, bool],
+    job_blocks: int,
+    share: float,
 ) -> None:
     """Jobs run on threads, so nothing is drawn that depends on how far they are."""
     limits = Limits(job_blocks=job_blocks, in_flight_share=share)
-    site = make_core(num_slots=num_slots, host=host, disk=12, num_ranks=num_ranks, limits=limits)
+    site = make_core(num_slots=num_slots, host=host, disk=12, num_ranks=ranks[0], is_shared=ranks[1], limits=limits)
     for number, (verb, choice, prompt) in enumerate(acts):
         known = sorted(site.requests)
         if verb == "add" and len(known) < 4:

@@ -306,7 +306,7 @@ def test_no_seed_of_random_work_over_a_failing_disk_gives_a_wrong_byte_or_keeps_
         tiers.see_idle()
         for hashes in work.prompts:  # whatever is cached now is right
             tiers.num_hit(hashes)
-        tiers.see_idle()
+            tiers.see_idle()  # what goes down again holds blocks that the next one needs
         statistics = tiers.manager.statistics()
         num_mismatches += statistics.mismatches.total()
         num_hits += work.num_hits

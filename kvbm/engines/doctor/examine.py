@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvbm.engines.doctor.child import STAND_IN, VLLM, findings_of, run_child
 from kvbm.engines.doctor.disk import check_disk, compare_slabs, nearest_folder
 from kvbm.engines.doctor.findings import Finding, State
 from kvbm.engines.doctor.memory import check_host_memory, check_memlock, check_pages
+from kvbm.engines.doctor.report import ChildReport
 from kvbm.engines.doctor.setup import Setup, check_transfer
 from kvbm.engines.doctor.sizes import check_sizes
 from kvbm.engines.doctor.versions import check_versions, find_vllm
@@ -54,9 +56,12 @@ def examine(setup: Setup, *, timeout_s: float = 300.0, command: Sequence[str] | 
         with ExitStack() as stack:
             if command is None:
                 command = STAND_IN if version is None else VLLM
-            engine, block_nbytes, num_groups = _ask_child(
-                setup, command, stack, has_engine=version is not None, timeout_s=timeout_s
-            )
+            engine, report = _ask_child(setup, command, stack, has_engine=version is not None, timeout_s=timeout_s)
+        num_groups = report.num_groups
+        if setup.model:  # else it is a tiny one
+            block_nbytes = report.block_nbytes
+            wants_one_copy = (setup.transfer.get("kv_connector_extra_config") or {}).get("one_copy", True)
+            setup = replace(setup, has_one_copy=wants_one_copy and report.has_one_copy)
     if block_nbytes:  # of blocks: only now can sizes in blocks be compared
         disk = check_disk(setup, block_nbytes=block_nbytes, num_groups=num_groups)
     host = setup.nbytes_of("host", block_nbytes=block_nbytes, num_groups=num_groups)
@@ -73,8 +78,8 @@ def examine(setup: Setup, *, timeout_s: float = 300.0, command: Sequence[str] | 
 
 def _ask_child(
     setup: Setup, command: Sequence[str], stack: ExitStack, *, has_engine: bool, timeout_s: float
-) -> tuple[list[Finding], int, int]:
-    """Run the child; give its findings, the bytes of a block and the number of groups."""
+) -> tuple[list[Finding], ChildReport]:
+    """Run the child; give its findings and what it told."""
     folder = Path(tempfile.mkdtemp(prefix="kvbm-doctor-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     slabs = folder / "slabs"
@@ -103,7 +108,7 @@ def _ask_child(
     if has_engine and not setup.model:
         advice = "give --model PATH, and --engine-args as the engine gets them, to look at the blocks of your model"
         found.append(Finding("model", State.NOTE, "a tiny one, made for this", advice))
-    return found, end.report.block_nbytes if setup.model else 0, end.report.num_groups
+    return found, end.report
 
 
 def make_tiny_model(folder: Path) -> Path:

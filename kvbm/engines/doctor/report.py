@@ -80,6 +80,11 @@ class ChildReport:
         return len({layout["group"] for layout in self.layouts}) or 1
 
     @property
+    def has_one_copy(self) -> bool:
+        """Whether the ranks would share every group's tiers."""
+        return bool(self.layouts) and all(layout.get("is_shared", False) for layout in self.layouts)
+
+    @property
     def block_nbytes(self) -> int:
         """Of a block on one rank, the largest group's; 0 where none was seen."""
         return max((int(layout["block_nbytes"]) for layout in self.layouts), default=0)

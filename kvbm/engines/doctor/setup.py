@@ -37,6 +37,8 @@ class Setup:
         Empty: a tiny one is made.
     device_nbytes : int, optional
         Of the engine's own KV memory on one rank; None where the operator has not said.
+    has_one_copy : bool
+        Every rank's blocks hold the same bytes, and the ranks share their tiers.
     """
 
     transfer: dict[str, Any]
@@ -45,11 +47,17 @@ class Setup:
     engine: dict[str, Any]
     model: str = ""
     device_nbytes: int | None = None
+    has_one_copy: bool = False
 
     @property
     def num_ranks(self) -> int:
-        """Workers that share the model's heads; each has tiers of its own."""
+        """Workers that share the model's heads."""
         return int(self.engine.get("tensor_parallel_size", 1))
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a block that differ: one on each rank, which has tiers of its own, or one for all of them."""
+        return 1 if self.has_one_copy else self.num_ranks
 
     @property
     def disk_path(self) -> Path | None:
@@ -65,10 +73,10 @@ class Setup:
         if section.nbytes is not None:
             return section.nbytes
         nbytes = section.num_blocks * block_nbytes if section.num_blocks else 0
-        return nbytes * num_groups * self.num_ranks or None
+        return nbytes * num_groups * self.num_parts or None
 
     def golden_extra(self, folder: str, prefix: str) -> dict[str, Any]:
-        """Give the same ``kv_connector_extra_config`` with little room, at a place of its own.
+        """Give the same ``kv_connector_extra_config`` with little room, at a place of its own, a copy on every rank.
 
         Parameters
         ----------
@@ -91,6 +99,7 @@ class Setup:
             if name == "remote":
                 section["prefix"] = "/".join(part for part in (section.get("prefix", "kvbm"), prefix) if part)
             extra[name] = section
+        extra["one_copy"] = False  # each rank's memory is examined by itself
         return extra
 
 

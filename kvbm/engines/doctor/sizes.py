@@ -11,6 +11,8 @@ _NAMES = {"host": "host tier", "disk": "disk tier"}
 def check_sizes(setup: Setup, *, block_nbytes: int = 0, num_groups: int = 1) -> list[Finding]:
     """Compare the engine's memory, the host tier and the disk tier, each of all ranks together.
 
+    Where the ranks' blocks hold the same bytes, the engine's memory counts once.
+
     Parameters
     ----------
     setup : Setup
@@ -21,7 +23,7 @@ def check_sizes(setup: Setup, *, block_nbytes: int = 0, num_groups: int = 1) -> 
     """
     found = []
     above = "the engine's KV memory"
-    above_nbytes = None if setup.device_nbytes is None else setup.device_nbytes * setup.num_ranks
+    above_nbytes = None if setup.device_nbytes is None else setup.device_nbytes * setup.num_parts
     if above_nbytes is None:
         text = "the engine's KV memory is not known: the host tier is not compared with it"
         advice = "give --kv-cache-memory SIZE, as the engine says at its start"

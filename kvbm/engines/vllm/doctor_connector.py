@@ -44,7 +44,12 @@ class DoctorConnector(KvbmConnector):
             core, [shard.storages for shard in shards], memories, rank=worker._rank, timeout_s=copy_timeout_s
         )
         layouts = [
-            {"group": index, "rank": worker._rank, **_describe(shard, tensors)}
+            {
+                "group": index,
+                "rank": worker._rank,
+                "is_shared": worker.share_of_group(index, has_gpu=tensors[0].device.type == "cuda") is not None,
+                **_describe(shard, tensors),
+            }
             for index, (shard, tensors) in enumerate(zip(shards, groups, strict=True))
         ]
         golden = [result.to_dict() for result in run.run()]

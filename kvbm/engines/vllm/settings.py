@@ -20,6 +20,7 @@ _OWN: dict[str, tuple[type, str]] = {
     "always_load": (bool, "true or false"),
     "allow_weak_hashes": (bool, "true or false"),
     "explain": (bool, "true or false"),
+    "one_copy": (bool, "true or false"),
 }
 _LOADS = ("async", "sync")
 
@@ -117,10 +118,11 @@ def warn_of_random_names(sections: Mapping[str, Any], algorithm: str) -> None:
     -----
     Before 0.30 vLLM begins its hashes with random bytes, later only those that are not cryptographic.
     """
+    if os.environ.get("PYTHONHASHSEED") is not None or not {"disk", "remote"} & sections.keys():
+        return
     from vllm.v1.core import kv_cache_utils
 
-    is_fixed = hasattr(kv_cache_utils, "resolve_none_hash_seed") and not algorithm.startswith("xxhash")
-    if is_fixed or os.environ.get("PYTHONHASHSEED") is not None or not {"disk", "remote"} & sections.keys():
+    if hasattr(kv_cache_utils, "resolve_none_hash_seed") and not algorithm.startswith("xxhash"):
         return
     _log.warning(
         "this vLLM begins its block hashes (%s) with random bytes: what is on disk or remote is not found again after "
@@ -129,7 +131,9 @@ def warn_of_random_names(sections: Mapping[str, Any], algorithm: str) -> None:
     )
 
 
-def part_of(sections: Mapping[str, Any], *, group: int, num_groups: int, rank: int, num_ranks: int) -> dict[str, Any]:
+def part_of(
+    sections: Mapping[str, Any], *, group: int, num_groups: int, rank: int, num_ranks: int, is_shared: bool = False
+) -> dict[str, Any]:
     """Give the settings of one group of layers in one rank.
 
     Parameters
@@ -137,11 +141,14 @@ def part_of(sections: Mapping[str, Any], *, group: int, num_groups: int, rank: i
     sections : mapping
         Sizes in bytes are of all groups and ranks together; numbers of blocks are of each.
     group, num_groups, rank, num_ranks : int
+    is_shared : bool
+        The ranks share one copy: it has the room of all.
     """
     mine = {name: dict(section) for name, section in sections.items()}
     for section in mine.values():
         if "size" in section:
-            section["size"] = max(1, parse_size(section["size"]) // (num_groups * num_ranks))
+            num_parts = num_groups * (1 if is_shared else num_ranks)
+            section["size"] = max(1, parse_size(section["size"]) // num_parts)
     mine.setdefault("runtime", {}).update({"rank": rank, "num_ranks": num_ranks})
     if "path" in mine.get("disk", {}):
         folder = folder_of(mine["disk"]["path"], group)

@@ -12,14 +12,17 @@ import msgspec
 from kvbm._backend import default_backend
 from kvbm.engines.counts import Counts, Data, read_shards
 from kvbm.engines.shard import Shard
+from kvbm.engines.shared_host import HostShare
 from kvbm.engines.tensors import layers_of
 from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm.engines.vllm.settings import need_supported, of_replica, part_of, read_settings
+from kvbm.engines.vllm.sharing import share_of
 from kvbm.engines.worker import StepNews, WorkerCore
 
 _log = logging.getLogger("kvbm.engines")
 _CLOSE_S = 10.0
+_IDLE_S = 0.002  # that a step without a pass waits for copies: vLLM would make the next one at once
 
 
 class VllmWorker:
@@ -43,7 +46,7 @@ class VllmWorker:
         self._config = vllm_config
         self._cache = kv_cache_config
         self._rank, self._num_ranks = rank, num_ranks
-        sections, _ = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        sections, self._own = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._sections = of_replica(sections, vllm_config.parallel_config)
         self._shards: list[Shard] = []
         self._core: WorkerCore | None = None
@@ -52,6 +55,7 @@ class VllmWorker:
         self._counts = Counts(lambda: read_shards(self._shards), clock=time.monotonic)
         self._places: dict[str, tuple[int, int]] = {}  # of a layer: its group, and which of the group it is
         self._has_gpu = False
+        self._has_pass = True  # in this step
         self._zeroes_blocks = bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
 
     def register(self, kv_caches: dict[str, Any]) -> None:
@@ -61,7 +65,9 @@ class VllmWorker:
         for index, group in enumerate(self._cache.kv_cache_groups):
             layers, numbers = layers_of(group.layer_names, kv_caches, num_blocks)
             self._places.update((name, (index, number)) for name, number in numbers.items())
-            self._has_gpu |= any(layer.device is not None for layer in layers)
+            has_gpu = any(layer.device is not None for layer in layers)
+            self._has_gpu |= has_gpu
+            share = self.share_of_group(index, has_gpu=has_gpu) if self._own.get("one_copy", True) else None
             kernel = kernel_of(self._config, group.layer_names, kv_caches, group.kv_cache_spec)
             self._shards.append(
                 Shard(
@@ -72,12 +78,30 @@ class VllmWorker:
                         num_groups=len(self._cache.kv_cache_groups),
                         rank=self._rank,
                         num_ranks=self._num_ranks,
+                        is_shared=share is not None,
                     ),
                     fingerprint=f"{fingerprint_of(self._config, kernel)},group={index}",
                     backend=backend,
+                    share=share,
                 )
             )
-        self._core = WorkerCore([shard.executor for shard in self._shards], rank=self._rank)
+        self._core = WorkerCore(
+            [shard.executor for shard in self._shards],
+            rank=self._rank,
+            following=[index for index, shard in enumerate(self._shards) if shard.is_follower],
+        )
+
+    def share_of_group(self, index: int, *, has_gpu: bool) -> HostShare | None:
+        """Say where the ranks meet that could share the tiers of a group; None where each needs its own."""
+        return share_of(
+            self._config,
+            self._cache.kv_cache_groups[index].kv_cache_spec,
+            group=index,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            sections=self._sections,
+            has_gpu=has_gpu,
+        )
 
     def unregister(self) -> None:
         """Let go of the engine's tensors, once nothing moves there; may be called again. The tiers below stay."""
@@ -108,8 +132,9 @@ class VllmWorker:
             # Blocks that vLLM is about to clear are filled after that: in `start_loads`.
             self._core.begin(metadata.orders, stream=self._stream(), holds_loads=self._zeroes_blocks)
 
-    def start_loads(self, *, by_layer: bool = False) -> None:
+    def start_loads(self, *, by_layer: bool = False, has_pass: bool = True) -> None:
         """Begin the loads that this step's pass reads, and those that were held; `by_layer` as for `WorkerCore`."""
+        self._has_pass = has_pass
         if self._core is not None:
             stream = self._stream()
             self._core.begin_loads(stream)
@@ -131,6 +156,9 @@ class VllmWorker:
         if self._core is None:
             return None, None
         self._core.finish_sync_loads()  # what they lost belongs to this step
+        if not self._has_pass:
+            self._core.wait_for_results(_IDLE_S)
+        self._has_pass = True
         self._news = self._core.take()
         return self._news.sent or None, self._news.received or None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from kvbm.testing.fake_engine.workers import Workers
 
 _SHORT_S = 0.001  # between steps in which nothing happened
 _MOST_IDLE_STEPS = 200
+_numbers = itertools.count()  # of this process's engines
 
 
 class MakeConnector(Protocol):
@@ -78,16 +81,19 @@ class FakeEngine:
         self.shape = shape or EngineShape()
         cache = make_cache_config(self.shape)
         ranks = range(self.shape.num_ranks)
+        engine_id = f"fake-{os.getpid()}-{next(_numbers)}"
         self.worker_halves: list[Any] = []  # vLLM makes them first
         self.scheduler_half: Any = None
         self.num_loaded = 0
         self.num_computed = 0
         for rank in ranks:
-            config = make_vllm_config(self.shape, rank=rank, extra=extra)
+            config = make_vllm_config(self.shape, rank=rank, extra=extra, engine_id=engine_id)
             self.worker_halves.append(make_connector(config, "WORKER", cache))
         self.workers = Workers(self.shape, self.worker_halves)
         self.workers.register()
-        self.scheduler_half = make_connector(make_vllm_config(self.shape, extra=extra), "SCHEDULER", cache)
+        self.scheduler_half = make_connector(
+            make_vllm_config(self.shape, extra=extra, engine_id=engine_id), "SCHEDULER", cache
+        )
         self.scheduler = Scheduler(self.shape, self.scheduler_half)
         self._shake_hands()
 

@@ -92,7 +92,7 @@ class RankMemory:
 
     def __init__(self, shape: EngineShape, rank: int) -> None:
         self._shape = shape
-        self._rank = rank
+        self._rank = 0 if shape.has_mla else rank
         self.epoch = 0
         num_words = shape.num_heads * shape.block_tokens * shape.head_words
         self._all = np.full((shape.num_layers, shape.num_blocks, num_words + shape.padding_words), PADDING, np.uint16)

@@ -29,6 +29,8 @@ class EngineShape:
         Words between two blocks of a layer that belong to no block.
     num_ranks : int
         Workers, each with memory of its own.
+    has_mla : bool
+        Full attention has one head that every rank computes: its blocks hold the same bytes on all of them.
     budget_tokens : int
         That a step computes at most; a longer prompt is computed in chunks.
     max_running : int
@@ -49,6 +51,7 @@ class EngineShape:
     head_words: int = 2
     padding_words: int = 3
     num_ranks: int = 1
+    has_mla: bool = False
     budget_tokens: int = 16
     max_running: int = 4
     has_prefix_cache: bool = True
@@ -92,6 +95,14 @@ class FullAttentionSpec:
 
 
 @dataclass
+class MLAAttentionSpec:
+    """A group of layers that reads all tokens, each rank the same."""
+
+    block_size: int
+    num_kv_heads: int = 1
+
+
+@dataclass
 class SlidingWindowSpec:
     """A group of layers that reads the last tokens."""
 
@@ -116,7 +127,9 @@ class KVTransferConfig:
         return self.kv_connector_extra_config.get(key, default)
 
 
-def make_vllm_config(shape: EngineShape, *, rank: int = 0, extra: Mapping[str, Any] | None = None) -> SimpleNamespace:
+def make_vllm_config(
+    shape: EngineShape, *, rank: int = 0, extra: Mapping[str, Any] | None = None, engine_id: str = "fake"
+) -> SimpleNamespace:
     """Make what stands in for a VllmConfig.
 
     Parameters
@@ -126,6 +139,8 @@ def make_vllm_config(shape: EngineShape, *, rank: int = 0, extra: Mapping[str, A
         Of the worker; the scheduler's is 0.
     extra : mapping, optional
         ``kv_connector_extra_config``.
+    engine_id : str
+        The same in all ranks of an engine, and in no other engine of this machine.
     """
     cache = SimpleNamespace(
         block_size=shape.block_tokens,
@@ -136,14 +151,14 @@ def make_vllm_config(shape: EngineShape, *, rank: int = 0, extra: Mapping[str, A
     )
     model = SimpleNamespace(
         model="fake", served_model_name="fake", revision=None, dtype="float16", quantization=None,
-        max_model_len=shape.most_tokens, use_mla=False,
+        max_model_len=shape.most_tokens, use_mla=shape.has_mla,
     )  # fmt: skip
     parallel = SimpleNamespace(
         rank=rank, world_size=shape.num_ranks, tensor_parallel_size=shape.num_ranks, pipeline_parallel_size=1,
-        data_parallel_rank=0, data_parallel_size=1,
+        data_parallel_rank=0, data_parallel_size=1, distributed_executor_backend="mp",
     )  # fmt: skip
     return SimpleNamespace(
-        kv_transfer_config=KVTransferConfig(dict(extra or {}), shape.policy),
+        kv_transfer_config=KVTransferConfig(dict(extra or {}), shape.policy, engine_id=engine_id),
         kv_events_config=None,
         cache_config=cache,
         model_config=model,
@@ -161,7 +176,8 @@ def make_cache_config(shape: EngineShape) -> SimpleNamespace:
     """Make what stands in for a KVCacheConfig."""
     groups = []
     for group, window in enumerate(shape.windows):
-        spec: Any = SlidingWindowSpec(shape.block_tokens, window) if window else FullAttentionSpec(shape.block_tokens)
+        full = MLAAttentionSpec if shape.has_mla else FullAttentionSpec
+        spec: Any = SlidingWindowSpec(shape.block_tokens, window) if window else full(shape.block_tokens)
         names = [shape.layer_name(group, layer) for layer in range(shape.num_layers)]
         groups.append(SimpleNamespace(layer_names=names, kv_cache_spec=spec, is_eagle_group=False))
     return SimpleNamespace(
