@@ -151,18 +151,18 @@ def test_closed_subscription_is_read_no_more(backend: Backend) -> None:
         with pytest.raises(PoolClosed, match="this subscription is closed"):
             events.poll()
         offload(manager, [2])
-        assert manager._planner._logs == ()
+        assert manager._planner.migrations._logs == ()
 
 
 def test_collected_subscription_is_noted_in_no_more(backend: Backend) -> None:
     with make_manager(backend) as manager:
         events = manager.subscribe_events()
         offload(manager, [1])
-        assert len(manager._planner._logs) == 1
+        assert len(manager._planner.migrations._logs) == 1
         del events
         gc.collect()
         offload(manager, [2])
-        assert manager._planner._logs == (), "or it would keep events for a reader that is gone"
+        assert manager._planner.migrations._logs == (), "or it would keep events for a reader that is gone"
 
 
 def test_reader_collected_while_a_move_is_noted_does_not_deadlock(backend: Backend) -> None:
@@ -184,7 +184,7 @@ def test_reader_collected_while_a_move_is_noted_does_not_deadlock(backend: Backe
         reader: Any = read(manager)
         next(reader)
         reader.send(reader)  # a cycle: only the garbage collector ends it
-        first, second = manager._planner._logs
+        first, second = manager._planner.migrations._logs
 
         def collect() -> int:
             gc.collect()
@@ -206,5 +206,5 @@ def test_reader_collected_while_a_move_is_noted_does_not_deadlock(backend: Backe
         assert not second.is_open
         assert [event for event in told(kept.poll()) if event[1] == "migrated"] == [("host", "migrated")] * 2
         offload(manager, [3])
-        assert manager._planner._logs == (first,)
+        assert manager._planner.migrations._logs == (first,)
     assert closed == []
