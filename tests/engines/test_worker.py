@@ -145,6 +145,20 @@ def test_synchronous_order_waits_for_jobs_that_were_sent_before(
     assert site.seed_in(site.engine, 3) == 5
 
 
+def test_step_without_a_pass_waits_for_what_it_can_report(site: WorkerSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.put_below(5)
+    site.core.take()
+    assert site.core.wait_for_results(0), "nothing is open"
+    has_begun, gate = gate_copies(site, monkeypatch)
+    job = site.load(0, 3, 5)
+    site.core.begin(site.orders(job, loads=[LoadOrder(request_id="a", job_ids=[(0, job.job_id)])]))
+    assert has_begun.wait(PATIENCE_S)
+    assert not site.core.wait_for_results(0)
+    gate.set()
+    assert site.core.wait_for_results(PATIENCE_S)
+    assert site.core.take().received == {"a"}
+
+
 def test_held_loads_begin_when_that_is_said(site: WorkerSite) -> None:
     site.put_below(5)
     job = site.load(0, 3, 5)
