@@ -128,8 +128,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
         metadata = self._get_connector_metadata()
         if isinstance(metadata, KvbmMetadata):
             self._here().begin(metadata)
-        has_pass = getattr(forward_context, "attn_metadata", True) is not None
-        self._here().start_loads(by_layer=self._by_layer, has_pass=has_pass)
+        self._here().start_loads(by_layer=self._by_layer)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Let the pass wait for a layer of what this step loads."""

@@ -13,9 +13,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 @dataclass
 class KvbmMetadata(KVConnectorMetadata):
-    """One step's orders, encoded."""
+    """One step's orders, encoded, and whether the step computes anything."""
 
     orders: bytes
+    has_pass: bool = True
 
 
 @dataclass

@@ -167,7 +167,7 @@ class VllmScheduler:
                     known.extend(ids)
             self._computed(request_id, num_computed, output)
         self._steps.append((self._clock(), _prompt_tokens(output)))
-        return KvbmMetadata(encode_orders(self._core.orders()))
+        return KvbmMetadata(encode_orders(self._core.orders()), has_pass=output.total_num_scheduled_tokens > 0)
 
     def _computed(self, request_id: str, num_computed_tokens: int, output: Any) -> None:
         request = self._requests.get(request_id)

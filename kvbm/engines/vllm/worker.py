@@ -129,12 +129,12 @@ class VllmWorker:
         """Take a step's orders, once, however many of vLLM's calls bring them."""
         if self._core is not None and metadata is not self._begun:
             self._begun = metadata
+            self._has_pass = metadata.has_pass
             # Blocks that vLLM is about to clear are filled after that: in `start_loads`.
             self._core.begin(metadata.orders, stream=self._stream(), holds_loads=self._zeroes_blocks)
 
-    def start_loads(self, *, by_layer: bool = False, has_pass: bool = True) -> None:
+    def start_loads(self, *, by_layer: bool = False) -> None:
         """Begin the loads that this step's pass reads, and those that were held; `by_layer` as for `WorkerCore`."""
-        self._has_pass = has_pass
         if self._core is not None:
             stream = self._stream()
             self._core.begin_loads(stream)
