@@ -134,7 +134,7 @@ def test_native_cost_hardly_grows_with_the_pool(backend: Backend) -> None:
         store = backend.store(10_000_000)
         assert not store._records, "the pure twin creates lazily"  # type: ignore[attr-defined]
         return
-    medians = []
+    quick = []
     rng = np.random.default_rng(0)
     for num_blocks in (1_000_000, 10_000_000):
         store = backend.store(num_blocks)
@@ -147,8 +147,8 @@ def test_native_cost_hardly_grows_with_the_pool(backend: Backend) -> None:
             _live(store, hashes)
             times.append(time.perf_counter_ns() - began)
         assert store.counts()["inactive"] == num_blocks
-        medians.append(float(np.median(times)))
-    assert medians[1] <= 2 * medians[0]
+        quick.append(float(np.percentile(times, 10)))  # others use this machine's caches, too
+    assert quick[1] <= 2 * quick[0]
 
 
 def _live(store: Store, hashes: HashArray) -> None:
