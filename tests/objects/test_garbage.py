@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import zlib
+from collections.abc import AsyncIterator
 
 import pytest
 from object_site import PATIENCE_S, Blocks, FakeClient, MakeStorage
+
+from kvbm.storage.object_store.client import Found
 
 
 class PermissionDeniedError(Exception):
@@ -95,3 +99,52 @@ def test_upload_of_a_block_waits_for_the_deletion_of_garbage_in_its_place(make_s
     assert writing.result(PATIENCE_S).all()
     client.on_answer = None
     assert all(blocks.read(storage)), "the deletion did not come after the upload"
+
+
+class SlowClient(FakeClient):
+    """Its answers to questions are taken at once and given late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer: asyncio.Event | None = None
+        self.has_looked = threading.Event()
+
+    async def size(self, path: str) -> int:
+        nbytes = len(self._find(path))
+        await self._hold()
+        return nbytes
+
+    async def list(self, prefix: str) -> AsyncIterator[list[Found]]:
+        async for found in super().list(prefix):
+            await self._hold()
+            yield found
+
+    async def _hold(self) -> None:
+        self.may_answer = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self.answer = lambda: loop.call_soon_threadsafe(self.may_answer.set)  # type: ignore[union-attr]
+        self.has_looked.set()
+        await self.may_answer.wait()
+
+
+@pytest.mark.parametrize("question", ["probe", "listing"])
+def test_an_answer_from_before_garbage_was_deleted_is_not_believed(make_storage: MakeStorage, question: str) -> None:
+    client, blocks = SlowClient(), Blocks(1)
+    storage = make_storage(client=client)
+    assert all(blocks.write(storage))
+    spoil(client)
+    found: list[int] = []
+
+    def ask() -> None:
+        is_probe = question == "probe"
+        found.append(int(storage.holds(blocks.ids, blocks.hashes).sum()) if is_probe else len(storage.inventory()[1]))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert client.has_looked.wait(PATIENCE_S)
+    assert blocks.read(storage) == [False]
+    storage.forget(blocks.hashes)  # behind the deletion of the garbage
+    assert not client.objects
+    client.answer()
+    asking.join(PATIENCE_S)
+    assert found == [0]

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from kvbm.storage.object_store.requests import ObjectCounters, Requests
 
 _log = logging.getLogger("kvbm.storage.object_store")
 
-_GARBAGE = 1 << 16  # paths that are remembered; the oldest are forgotten
+_T = TypeVar("_T")
+_PATHS = 1 << 16  # that are remembered; the oldest are forgotten
 
 
 class ReplacedError(GarbageError):
@@ -68,6 +69,8 @@ class BlockMover:
         self._uploads: dict[str, set[asyncio.Future[None]]] = {}  # under way, by path
         self._garbage: OrderedDict[str, None] = OrderedDict()  # paths of what is no block and may be there still
         self._deletions: dict[str, asyncio.Task[None]] = {}  # of garbage, under way, by path
+        self.num_deletions = 0  # that have ended: a question notes it before it is sent, see `is_gone`
+        self._deleted: OrderedDict[str, int] = OrderedDict()  # paths, and which deletion it was
 
     @property
     def counters(self) -> ObjectCounters:
@@ -110,17 +113,32 @@ class BlockMover:
         if futures := [future for futures in chosen.values() for future in futures]:
             await asyncio.wait(futures)
 
-    def is_garbage(self, path: str) -> bool:
-        """Whether what lies there was found to be no block, and is there still as far as we know."""
-        return path in self._garbage
+    def is_gone(self, path: str, since: int) -> bool:
+        """Whether an answer that a block is there must not be believed.
+
+        Parameters
+        ----------
+        path : str
+        since : int
+            `num_deletions` when the question was sent: the answer may be older than a deletion that has ended since.
+
+        Notes
+        -----
+        Also where what lies there was found to be no block.
+        """
+        return path in self._garbage or self._deleted.get(path, 0) > since
+
+    def note_deleted(self, paths: Iterable[str]) -> None:
+        """Note that objects were deleted from here."""
+        self.num_deletions += 1
+        for path in paths:
+            _remember(self._deleted, path, self.num_deletions)
 
     # -- private -----------------------------------------------------------------------------------------------
 
     def _remove_garbage(self, path: str, *, is_foreign: bool) -> None:
         """Delete what is no block, or at least let nobody here find it again; nobody waits for that."""
-        self._garbage[path] = None
-        if len(self._garbage) > _GARBAGE:
-            self._garbage.popitem(last=False)
+        _remember(self._garbage, path, None)
         if is_foreign or path in self._deletions:  # another release reads it
             return
         deletion = self._deletions[path] = asyncio.ensure_future(self._delete(path))
@@ -132,6 +150,7 @@ class BlockMover:
             if path in self._garbage:  # nobody has replaced it meanwhile
                 with contextlib.suppress(FileNotFoundError):
                     await self._requests.send("delete", lambda: self._client.delete([path]))
+                self.note_deleted([path])
                 self._garbage.pop(path, None)
         except StorageError as error:
             _log.debug("garbage stays path=%s reason=%s", path, error)
@@ -164,6 +183,7 @@ class BlockMover:
             await lease.ended()
         if is_done:
             self._garbage.pop(path, None)
+            self._deleted.pop(path, None)
             batch.is_good[i] = True
             self.counters.num_writes += 1
             self.counters.written_nbytes += self._block_nbytes
@@ -223,3 +243,10 @@ async def run_together(make: Callable[[], Coroutine[Any, Any, None]], num_tasks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _remember(paths: OrderedDict[str, _T], path: str, value: _T) -> None:
+    paths[path] = value
+    paths.move_to_end(path)
+    if len(paths) > _PATHS:
+        paths.popitem(last=False)

@@ -54,9 +54,10 @@ class ObjectBooks:
         async def look_at_some() -> None:
             for i in todo:
                 path = self._mover.path_of(names[i])
+                since = self._mover.num_deletions
                 with contextlib.suppress(FileNotFoundError, GarbageError, StorageError):
                     nbytes = await self._requests.send("head", lambda path=path: self._client.size(path))  # type: ignore[misc]
-                    is_there[i] = nbytes == self._mover.object_nbytes and not self._mover.is_garbage(path)
+                    is_there[i] = nbytes == self._mover.object_nbytes and not self._mover.is_gone(path, since)
 
         with contextlib.suppress(TimeLimitReached), TimeLimit(timeout_s):
             await run_together(look_at_some, min(self._max_requests, len(names)))
@@ -92,10 +93,11 @@ class ObjectBooks:
     async def inventory(self, max_blocks: int, timeout_s: float) -> list[bytes]:
         """List blocks, oldest first: at most that many, and those that came within the time."""
         found: dict[str, Found] = {}
+        since = self._mover.num_deletions
 
         def is_block(entry: Found) -> bool:
             is_whole = entry.nbytes == self._mover.object_nbytes and hash_in(entry.path) is not None
-            return is_whole and not self._mover.is_garbage(entry.path)
+            return is_whole and not self._mover.is_gone(entry.path, since)
 
         try:
             with TimeLimit(timeout_s):
@@ -114,6 +116,7 @@ class ObjectBooks:
                 await self._requests.send("delete", lambda chunk=chunk: self._client.delete(chunk))  # type: ignore[misc]
             except FileNotFoundError:  # one was not there, and how many others are gone is not said
                 await self._delete_each(chunk)
+            self._mover.note_deleted(chunk)
 
     async def _delete_each(self, paths: list[str]) -> None:
         todo = iter(paths)
