@@ -18,13 +18,13 @@ from kvbm.types import Tier
 
 Data = dict[str, dict[str, list[tuple[tuple[str, ...], float]]]]  # kind -> metric -> label values and number
 
-_EVERY_S = 0.5
+_EVERY_S = 1.0
 _KINDS = {"counter": "counters", "gauge": "gauges"}
 _NAMES = {metric.name: metric.kind for metric in METRICS if metric.kind in _KINDS}
 
 
 class Counts:
-    """Gives what has changed, at most twice a second.
+    """Gives what has changed, at most once a second.
 
     Parameters
     ----------

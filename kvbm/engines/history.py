@@ -106,7 +106,10 @@ class History:
         if len(names):
             record.num_named = len(names)
             record.first_name, record.last_name = names[0].tobytes(), names[-1].tobytes()
-        misses = self._misses(names, num_computed, num_there, lying, closed) if num_there < most else ()
+        misses: tuple[Miss, ...] = ()
+        if num_there < most:
+            self._note_removals(now)
+            misses = self._misses(names, num_computed, num_there, lying, closed)
         verdict = None
         if advice is not None:
             verdict = Verdict(
@@ -184,8 +187,10 @@ class History:
         if record is not None and record.finished_at is None:
             record.finished_at = self.clock()
 
-    def step(self) -> None:
-        """Note what has left the tiers; once a step."""
+    def step(self, *, is_quiet: bool = False) -> None:
+        """Note what has left the tiers; once a step. In a quiet one nothing moved but what was told here."""
+        if is_quiet and not self._needs:
+            return
         self._note_removals(self.clock())
         self._needs.clear()
 

@@ -83,8 +83,8 @@ class StepReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def encode_orders(orders: StepOrders) -> bytes:
-    """Turn orders into bytes."""
-    return bytes([VERSION]) + _ENCODER.encode(orders)
+    """Turn orders into bytes; `NO_ORDERS` where there is nothing to do."""
+    return NO_ORDERS if orders.is_empty else bytes([VERSION]) + _ENCODER.encode(orders)
 
 
 def encode_report(report: StepReport) -> bytes:
@@ -122,3 +122,4 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], data: bytes) -> Any:
 _ENCODER = msgspec.msgpack.Encoder()
 _ORDERS = msgspec.msgpack.Decoder(StepOrders)
 _REPORT = msgspec.msgpack.Decoder(StepReport)
+NO_ORDERS = bytes([VERSION]) + _ENCODER.encode(StepOrders())  # most steps have none

@@ -24,6 +24,7 @@ from kvbm.engines.staging import Stager, ids_of
 from kvbm.errors import ConfigError
 from kvbm.jobs import encode
 from kvbm.jobs.messages import decode_result
+from kvbm.planner import PlannerSteps
 from kvbm.types import IdArray, Tier
 
 _SHORTEST_S = 0.25  # that a load may take; a shorter one would end for a pause of the machine
@@ -96,6 +97,7 @@ class SchedulerCore:
         self._stager = Stager(
             self._groups, block_tokens=block_tokens, history=self.history, timeout_of=self._timeout_of, clock=clock
         )
+        self._pumps = [PlannerSteps(group.planner, clock=clock) for group in self._groups]
         self._forgets_until = 0.0
         self._requests: dict[str, Request] = {}
         self._in_step: dict[str, Request] = {}  # whose load is over before the pass
@@ -190,7 +192,7 @@ class SchedulerCore:
 
     def computed(
         self, request_id: str, digests: Sequence[bytes], slots: Sequence[Sequence[int]], *, num_tokens: int
-    ) -> None:
+    ) -> int:
         """Save the blocks that the next step fills.
 
         Parameters
@@ -202,12 +204,17 @@ class SchedulerCore:
             For each group the slot of every block of the request so far.
         num_tokens : int
             Of the request that are computed once the step is over.
+
+        Returns
+        -------
+        int
+            Computed tokens from which on it is worth telling again, unless the request is preempted.
         """
         request = self._request(request_id)
         if request.state is RequestState.NEW:
             request.go(RequestState.RUNNING)
         if num_tokens // self._block_tokens <= min(request.num_offered):
-            return
+            return (min(request.num_offered) + 1) * self._block_tokens
         names = request.digests.extend(digests)
         num_full = min(len(names), num_tokens // self._block_tokens)
         is_unsaved = request.is_stale or request_id in self._in_step  # what is computed from a bad block
@@ -233,6 +240,7 @@ class SchedulerCore:
                 request.saves.append((index, copy))
                 self.history.saved(request_id, len(places))
                 self._needs_fence |= bool(group.window_blocks)
+        return (min(request.num_offered) + 1) * self._block_tokens
 
     def preempted(self, request_id: str) -> None:
         """Note that a request's blocks are given to others: what is being saved of them ends first."""
@@ -277,6 +285,7 @@ class SchedulerCore:
             return False
         for planner in planners:
             planner.forgetter.forget_all()
+        self.history.step()
         self._forgets_until = self._clock() + _FORGET_S
         for request in self._requests.values():
             request.answer = None
@@ -292,9 +301,8 @@ class SchedulerCore:
 
     def orders(self) -> StepOrders:
         """Give what the workers are to do in the next step."""
-        for group in self._groups:
-            group.planner.pump()
-        self.history.step()
+        have_worked = [pump.step() for pump in self._pumps]
+        self.history.step(is_quiet=not any(have_worked))
         self._stager.step()
         orders = StepOrders(
             jobs=[[encode(job) for job in group.channels.take_jobs()] for group in self._groups],
@@ -308,14 +316,15 @@ class SchedulerCore:
 
     def reported(self, report: StepReport) -> None:
         """Take a worker's report."""
-        for group, results in zip(self._groups, report.results, strict=True):
+        for group, pump, results in zip(self._groups, self._pumps, report.results, strict=True):
             if results:
                 group.channels.receive(report.rank, [decode_result(result) for result in results])
-                group.planner.pump()  # what has come goes down: while that has not been sent, steps are needed
-        self._end_loads([name for name, request in self._in_step.items() if request.has_ended_load()])
+                pump.step()  # what has come goes down: while that has not been sent, steps are needed
 
     def received(self, request_ids: Iterable[str]) -> None:
-        """Note that every worker has reported these requests as received."""
+        """Note that a step is over, and that every worker has reported these requests as received."""
+        if self._in_step:
+            self._end_loads([name for name, request in self._in_step.items() if request.has_ended_load()])
         self._end_loads(request_ids)
 
     def _end_loads(self, request_ids: Iterable[str]) -> None:

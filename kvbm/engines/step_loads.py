@@ -50,6 +50,11 @@ class StepLoads:
         return {job_id for order in self._orders for job_id in order.job_ids}
 
     @property
+    def has_work(self) -> bool:
+        """Whether `finish` has yet to be called for loads of this step."""
+        return bool(self._orders or self._jobs or self._layers)
+
+    @property
     def has_layers(self) -> bool:
         """Whether layers may still be on their way: `wait` does something."""
         return bool(self._layers)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeGuard
 
-from kvbm.engines.messages import LoadOrder, StepReport, decode_orders, encode_report
+from kvbm.engines.messages import NO_ORDERS, LoadOrder, StepReport, decode_orders, encode_report
 from kvbm.engines.runner import JobRunner, streams_of
 from kvbm.engines.step_loads import StepLoads
 from kvbm.errors import TransferTimeout
@@ -89,6 +89,7 @@ class WorkerCore:
         self._bad_slots: dict[tuple[int, int], list[int]] = {}  # of load jobs that have ended, until reported
         self._loads: dict[str, LoadOrder] = {}
         self._holds: dict[str, list[tuple[int, int]]] = {}
+        self._empty_report = encode_report(StepReport(rank=rank, results=self._results))
         # Of this step, and of the engine's thread alone.
         self._saves: list[tuple[int, CopyJob]] = []  # to begin behind its forward pass
         self._held_loads: list[tuple[int, CopyJob]] = []  # to begin once the engine has done what it does to new blocks
@@ -119,6 +120,9 @@ class WorkerCore:
         With a fence in the orders it waits until no block of the engine's is being read, as long as that takes: copies
         between memories end. On a GPU the stream waits for that instead. Synchronous loads wait for `begin_sync_loads`.
         """
+        if orders == NO_ORDERS and not self.has_step_work:  # a step of decoding, as a rule
+            self._is_spoilt = False
+            return
         step = decode_orders(orders)
         jobs = [
             (group, job)
@@ -235,6 +239,9 @@ class WorkerCore:
 
     def take(self) -> StepNews:
         """Give what has ended since the last call."""
+        has_news = self._loads or self._holds or self._sync_lost or any(self._results)  # what comes now can wait
+        if not has_news:
+            return StepNews(report=self._empty_report)
         news = StepNews()
         with self._lock:
             results, self._results = self._results, [[] for _ in self._channels]
@@ -280,6 +287,11 @@ class WorkerCore:
         """
         with self._lock:
             return self._has_ended.wait_for(lambda: any(self._results) or not self._open, timeout_s)
+
+    @property
+    def has_step_work(self) -> bool:
+        """Whether something of this step's has yet to begin or to end: where not, its calls but `take` do nothing."""
+        return bool(self._saves or self._held_loads or self._step_loads.has_work)
 
     @property
     def has_layers(self) -> bool:

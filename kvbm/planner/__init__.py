@@ -9,6 +9,7 @@ from kvbm.planner.limits import Limits
 from kvbm.planner.planner import Planner
 from kvbm.planner.policies import Candidates, OffloadPolicy
 from kvbm.planner.prefetch import Prefetch
+from kvbm.planner.steps import PlannerSteps
 from kvbm.planner.thread import PlannerThread
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "OffloadPolicy",
     "Planner",
     "PlannerStatistics",
+    "PlannerSteps",
     "PlannerThread",
     "Prefetch",
     "RouteCounters",

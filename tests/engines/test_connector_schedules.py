@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from connector_runs import run_schedules
+from connector_runs import SHARES, run_schedules
 from connector_site import KvbmSchedules, kvbm_connector
 
 from kvbm._backend import Backend
 from kvbm.testing.fake_engine import EngineShape, prompt_of
 
-SHARES = {"pure": 0.25, "native": 0.75}  # of a thousand: the native twin is the faster one
-
 
 @pytest.mark.parametrize(("loads", "num_schedules"), [("async", 700), ("sync", 300)])
 def test_no_schedule_gives_a_wrong_byte_or_keeps_a_block(backend: Backend, loads: str, num_schedules: int) -> None:
-    run_schedules(backend, round(num_schedules * SHARES[backend.name]), 18, loads=loads)
+    run_schedules(backend, round(num_schedules * SHARES[backend.name]), 6, 18, loads=loads)
 
 
 @pytest.mark.parametrize("loads", ["async", "sync"])

@@ -93,7 +93,7 @@ def test_evicted_block_is_told_with_the_moment_and_with_what_needed_its_room(mak
     assert by_tier["host"].seconds_before == 5.0
     assert "of request b" in by_tier["host"].text
     assert "of 6 blocks were in use" in by_tier["host"].text
-    assert by_tier["disk"].why == "never seen", "its reset has not been noticed yet: no step came between"
+    assert by_tier["disk"].why == "reset"
     site.run()
 
 

@@ -105,7 +105,7 @@ def test_hits_are_told_apart_by_tier(start: Start, tmp_path: Path) -> None:
 
 def test_statistics_reach_prometheus_and_the_log(start: Start, tmp_path: Path) -> None:
     engine = start(disk=tmp_path)
-    engine.half._counts._clock = iter(range(1_000_000)).__next__  # half a second is over at every look
+    engine.half._counts._clock = iter(range(1_000_000)).__next__  # a second is over at every look
     engine.half._counts._due_at = 0
     engine.worker._counts._clock = iter(range(1_000_000)).__next__
     engine.worker._counts._due_at = 0

@@ -132,7 +132,8 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Let the pass wait for a layer of what this step loads."""
-        self._here().wait_for_layer(layer_name)
+        if self._by_layer:
+            self._here().wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: blocks are saved whole, behind the pass."""

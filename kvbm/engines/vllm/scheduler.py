@@ -15,7 +15,7 @@ from kvbm.engines.arrange import make_group
 from kvbm.engines.counts import Counts, Data, read_groups
 from kvbm.engines.explain_socket import ExplainSocket, open_explain
 from kvbm.engines.groups import Group
-from kvbm.engines.messages import StepOrders, decode_report, encode_orders
+from kvbm.engines.messages import StepOrders, StepReport, decode_report, encode_orders, encode_report
 from kvbm.engines.reset_note import ResetNotes
 from kvbm.engines.scheduler import SchedulerCore
 from kvbm.engines.shard import ShardDescription
@@ -64,9 +64,11 @@ class VllmScheduler:
         self._clock = time.monotonic
         self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # under way: begin, and tokens of prompts
         self._reported_at = -math.inf
+        self._empty_reports: frozenset[bytes] = frozenset()  # of steps in which nothing ended
         self._requests: dict[str, Any] = {}
         self._asked: dict[str, int] = {}  # tokens that vLLM had when it asked last
         self._slots: dict[str, list[list[int]]] = {}  # by request, for each group
+        self._due: dict[str, int] = {}  # by request, computed tokens from which on the core has something to save
         events_config = getattr(vllm_config, "kv_events_config", None)
         self._has_events = bool(events_config is not None and events_config.enable_kv_cache_events)
         self._events: VllmEvents | None = None
@@ -98,6 +100,10 @@ class VllmScheduler:
             timeout_s=self._own.get("load_timeout_s", 10.0),
             loads_always=self._own.get("always_load", False),
             loads_in_step=self._loads_in_step,
+        )
+        empty: list[list[bytes]] = [[] for _ in self._groups]
+        self._empty_reports = frozenset(
+            encode_report(StepReport(rank=rank, results=empty)) for rank in range(len(by_rank))
         )
         self._take_notes_away()  # every worker has opened its tiers
         if self._has_events:
@@ -142,6 +148,7 @@ class VllmScheduler:
         """End a request; return whether its blocks are still being saved."""
         self._requests.pop(request.request_id, None)
         self._slots.pop(request.request_id, None)
+        self._due.pop(request.request_id, None)
         self._asked.pop(request.request_id, None)
         return self._core is not None and self._core.finished(request.request_id)
 
@@ -153,30 +160,36 @@ class VllmScheduler:
             return KvbmMetadata(encode_orders(StepOrders()))
         for request_id in output.preempted_req_ids or ():
             self._core.preempted(request_id)
+            self._due.pop(request_id, None)
+        num_scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             self._slots[new.req_id] = [list(ids) for ids in new.block_ids]
-            self._computed(new.req_id, new.num_computed_tokens, output)
+            self._computed(new.req_id, new.num_computed_tokens + num_scheduled[new.req_id])
         cached = output.scheduled_cached_reqs
         for request_id, block_ids, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             if block_ids is not None and request_id in cached.resumed_req_ids:
                 self._slots[request_id] = [list(ids) for ids in block_ids]
+                self._due.pop(request_id, None)
             elif block_ids is not None:
                 for known, ids in zip(self._slots[request_id], block_ids, strict=True):
                     known.extend(ids)
-            self._computed(request_id, num_computed, output)
+            num_tokens = num_computed + num_scheduled[request_id]
+            if num_tokens >= self._due.get(request_id, 0):
+                self._computed(request_id, num_tokens)
         self._steps.append((self._clock(), _prompt_tokens(output)))
         return KvbmMetadata(encode_orders(self._core.orders()), has_pass=output.total_num_scheduled_tokens > 0)
 
-    def _computed(self, request_id: str, num_computed_tokens: int, output: Any) -> None:
+    def _computed(self, request_id: str, num_tokens: int) -> None:
         request = self._requests.get(request_id)
         if request is None or self._core is None:
             return
         if self._events is not None:
             self._events.named(request.block_hashes)
-        num_tokens = num_computed_tokens + output.num_scheduled_tokens[request_id]
-        self._core.computed(request_id, request.block_hashes, self._slots[request_id], num_tokens=num_tokens)
+        self._due[request_id] = self._core.computed(
+            request_id, request.block_hashes, self._slots[request_id], num_tokens=num_tokens
+        )
 
     def reported(self, output: Any) -> None:
         """Take what the workers have done."""
@@ -189,7 +202,8 @@ class VllmScheduler:
         metadata = output.kv_connector_worker_meta
         if isinstance(metadata, KvbmWorkerMetadata):
             for report in metadata.reports:
-                self._core.reported(decode_report(report))
+                if report not in self._empty_reports:
+                    self._core.reported(decode_report(report))
         self._core.received(output.finished_recving or ())
         self._core.sent(output.finished_sending or ())
         self._take_notes_away()
@@ -249,5 +263,7 @@ class VllmScheduler:
 def _prompt_tokens(output: Any) -> int:
     """Count the tokens of prompts that a step computes; 0 where decoding takes most of it."""
     numbers = output.num_scheduled_tokens.values()
+    if len(numbers) == output.total_num_scheduled_tokens:  # one each
+        return 0
     num_prompt = sum([number for number in numbers if number > 1])
     return num_prompt if 2 * num_prompt > output.total_num_scheduled_tokens else 0

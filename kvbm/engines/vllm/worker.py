@@ -135,7 +135,7 @@ class VllmWorker:
 
     def start_loads(self, *, by_layer: bool = False) -> None:
         """Begin the loads that this step's pass reads, and those that were held; `by_layer` as for `WorkerCore`."""
-        if self._core is not None:
+        if self._core is not None and self._core.has_step_work:
             stream = self._stream()
             self._core.begin_loads(stream)
             self._core.begin_sync_loads(stream, by_layer=by_layer)
@@ -148,14 +148,15 @@ class VllmWorker:
 
     def after_forward(self) -> None:
         """Begin to save what the pass has filled."""
-        if self._core is not None:
+        if self._core is not None and self._core.has_step_work:
             self._core.after_forward(self._stream())
 
     def take(self) -> tuple[set[str] | None, set[str] | None]:
         """Give the requests that were sent and received since the last call; the rest of the news is kept for later."""
         if self._core is None:
             return None, None
-        self._core.finish_sync_loads()  # what they lost belongs to this step
+        if self._core.has_step_work:
+            self._core.finish_sync_loads()  # what they lost belongs to this step
         if not self._has_pass:
             self._core.wait_for_results(_IDLE_S)
         self._has_pass = True
