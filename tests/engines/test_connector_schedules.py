@@ -29,6 +29,13 @@ def test_what_was_computed_once_is_loaded(backend: Backend, loads: str, windows:
         engine.close()
 
 
+def test_a_request_whose_load_has_ended_goes_before_one_that_holds_nothing(backend: Backend) -> None:
+    shape = EngineShape(num_blocks=9, windows=(5, 0), budget_tokens=6, max_running=2, has_prefix_cache=False)
+    with kvbm_connector(backend):
+        schedules = KvbmSchedules(shape, num_host=6, num_disk=0)
+        schedules.run([("add", 38), ("add", 124), ("step", 0), ("steps", 115), ("add_salted", 99), ("add_salted", 252)])
+
+
 def test_a_request_preempted_behind_a_synchronous_load_is_loaded_synchronously_again(backend: Backend) -> None:
     shape = EngineShape(num_blocks=7, budget_tokens=6, max_running=1, has_prefix_cache=False)
     with kvbm_connector(backend):

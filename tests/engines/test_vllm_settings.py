@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,3 +138,15 @@ def test_sizes_are_shared_by_ranks_and_groups_and_replicas_have_folders_of_their
     assert of_replica(sections, alone) == sections
     second = SimpleNamespace(data_parallel_size=2, data_parallel_rank=1)
     assert of_replica(sections, second)["disk"]["path"] == str(tmp_path / "replica1")
+
+
+@pytest.mark.parametrize(("found", "is_refused"), [(None, True), (object, False)])
+def test_a_model_with_several_groups_needs_a_vllm_that_can_be_told_which_requests_failed(
+    monkeypatch: pytest.MonkeyPatch, found: Any, is_refused: bool
+) -> None:
+    monkeypatch.setattr("kvbm.engines.vllm.settings.feature", {"named failures": found}.get)
+    groups = [SimpleNamespace(kv_cache_spec=SPEC), SimpleNamespace(kv_cache_spec=SPEC)]
+    refusal = pytest.raises(ConfigError, match=r"2 groups of layers.*use vLLM 0\.30 or newer")
+    with refusal if is_refused else contextlib.nullcontext():
+        need_supported(config(), SimpleNamespace(kv_cache_groups=groups))
+    need_supported(config(), SimpleNamespace(kv_cache_groups=groups[:1]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_site import ENVIRONMENT, HAS_VLLM, Engine, has_fixed_names, make_model
+from vllm_site import ENVIRONMENT, HAS_VLLM, Engine, has_fixed_names, make_model, need_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +25,7 @@ def model_of(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Cal
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
+        need_model(kind)
         if kind not in made:
             made[kind] = make_model(kind, tmp_path_factory.mktemp(kind))
         return made[kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from connector_site import KvbmSchedules, kvbm_connector
-from vllm_site import needs_vllm
+from vllm_site import need_feature, needs_vllm
 
 from kvbm._backend import default_backend
 from kvbm.testing.fake_engine import EngineShape, random_schedule
@@ -19,6 +19,7 @@ SHAPES = (
 
 @pytest.mark.parametrize("loads", ["async", "sync"])
 def test_schedules_end_well_over_the_real_base_classes(loads: str) -> None:
+    need_feature("named failures")
     num_loaded = 0
     with kvbm_connector(default_backend()):
         for seed in range(25):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_site import Engine, needs_vllm, prompt_of
+from vllm_site import Engine, need_feature, needs_vllm, prompt_of
 
 pytestmark = needs_vllm
 Start = Callable[..., Engine]
@@ -86,6 +86,7 @@ def test_routers_hear_of_a_block_in_its_new_tier_before_it_leaves_the_old_one(st
 
 
 def test_hits_are_told_apart_by_tier(start: Start, tmp_path: Path) -> None:
+    need_feature("hit sources")
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
     engine = start(disk=tmp_path)

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from kvbm.engines.vllm.features import feature
+
 _spec = importlib.util.find_spec("vllm")
 HAS_VLLM = _spec is not None and _spec.origin is not None  # a folder of this name has no origin
 needs_vllm = [
@@ -42,9 +44,21 @@ Texts = list[tuple[int, ...]]
 
 def has_fixed_names() -> bool:
     """Whether this vLLM names a block alike in every process, without being told how to begin."""
-    from vllm.v1.core import kv_cache_utils
+    return feature("fixed names") is not None
 
-    return hasattr(kv_cache_utils, "resolve_none_hash_seed")
+
+def need_feature(name: str) -> None:
+    """Skip the test where this vLLM lacks something."""
+    if feature(name) is None:
+        pytest.skip(f"this vLLM has no {name}")
+
+
+def need_model(kind: str) -> None:
+    """Skip the test where this vLLM cannot run such a model, or not with a connector."""
+    if kind == "gemma3":
+        need_feature("named failures")
+    if kind == "deepseek" and importlib.util.find_spec("vllm.v1.attention.backends.mla.prefill.cpu_sdpa") is None:
+        pytest.skip("this vLLM has no MLA for the CPU")
 
 
 def prompt_of(seed: int, num_tokens: int) -> Tokens:

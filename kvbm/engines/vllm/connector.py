@@ -10,15 +10,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
-try:
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-except ImportError:  # before 0.32: a request that failed is known by its blocks alone
-    KVConnectorTransferResults = None
-try:
-    from vllm.v1.metrics.cache_hit_source import CacheHitSource
-except ImportError:  # before hits were told apart
-    CacheHitSource = None
-
+from kvbm.engines.vllm.features import feature
 from kvbm.engines.vllm.layout import wanted_layout
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm.engines.vllm.scheduler import VllmScheduler
@@ -26,7 +18,8 @@ from kvbm.engines.vllm.stats import KvbmPromMetrics, KvbmStats
 from kvbm.engines.vllm.worker import VllmWorker
 from kvbm.types import Tier
 
-_SOURCES = {Tier.HOST: CacheHitSource.HOST, Tier.DISK: CacheHitSource.DISK} if CacheHitSource is not None else {}
+TransferResults, HitSource = feature("named failures"), feature("hit sources")
+_SOURCES = {} if HitSource is None else {Tier.HOST: HitSource.HOST, Tier.DISK: HitSource.DISK}
 
 
 class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
@@ -149,7 +142,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """Give the same, with the requests that failed, where block ids of several groups cannot tell them."""
         sent, received = self._here().take()
-        return KVConnectorTransferResults(
+        return TransferResults(
             finished_sending=sent or set(),
             finished_recving=received or set(),
             failed_recving=self._here().take_failed_requests(),
@@ -205,7 +198,7 @@ class KvbmConnector(KVConnectorBase_V1, SupportsHMA):
     def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
         """Divide the tokens that are loaded by the tier that they lie in."""
         return {
-            _SOURCES.get(tier, CacheHitSource.EXTERNAL_UNSPECIFIED): num_tokens
+            _SOURCES.get(tier, HitSource.EXTERNAL_UNSPECIFIED): num_tokens
             for tier, num_tokens in self._there().hit_sources(request, num_external_tokens).items()
         }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvbm.engines.vllm.features import feature
+
 _BLOCK_OUTERMOST = "BLHNC"  # all layers of a block lie together: one copy a block
 
 
@@ -19,13 +21,13 @@ def wanted_layout(vllm_config: Any) -> str | None:
     On a CPU kernels know one layout. A model with state layers, or one whose blocks kernels cut up, cannot have its
     blocks outermost: vLLM would not start.
     """
-    try:
-        from vllm.platforms import current_platform
-        from vllm.v1.kv_cache_layout import KVCacheLayout
-    except ImportError:  # before layouts had names for this
+    layouts = feature("layouts")
+    if layouts is None:
         return None
+    from vllm.platforms import current_platform
+
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    if _BLOCK_OUTERMOST not in KVCacheLayout.__members__ or not current_platform.is_cuda():
+    if _BLOCK_OUTERMOST not in layouts.__members__ or not current_platform.is_cuda():
         return None
     if model is None or model.is_hybrid or getattr(cache, "user_specified_block_size", False):
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbm.config.sizes import parse_size
+from kvbm.engines.vllm.features import feature
 from kvbm.errors import ConfigError
 
 _log = logging.getLogger("kvbm.engines")
@@ -74,12 +75,19 @@ def need_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     Raises
     ------
     ConfigError
-        Layers are on several ranks in turn, the tokens of a block are, or blocks have names of another size.
+        Layers are on several ranks in turn, the tokens of a block are, or blocks have names of another size; or the
+        model has several groups of layers and this vLLM cannot be told of a load that failed.
     """
     parallel = vllm_config.parallel_config
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} is {getattr(parallel, name)}, this connector can do with 1 only")
+    num_groups = len(kv_cache_config.kv_cache_groups)
+    if num_groups > 1 and feature("named failures") is None:
+        raise ConfigError(
+            f"this model has {num_groups} groups of layers, and this vLLM ends when a block of such a model cannot be "
+            "loaded: use vLLM 0.30 or newer, or --disable-hybrid-kv-cache-manager"
+        )
     unit = getattr(vllm_config.cache_config, "prefix_match_unit", None)
     sizes = sorted({group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups})
     if unit is not None and sizes != [unit]:
@@ -120,9 +128,7 @@ def warn_of_random_names(sections: Mapping[str, Any], algorithm: str) -> None:
     """
     if os.environ.get("PYTHONHASHSEED") is not None or not {"disk", "remote"} & sections.keys():
         return
-    from vllm.v1.core import kv_cache_utils
-
-    if hasattr(kv_cache_utils, "resolve_none_hash_seed") and not algorithm.startswith("xxhash"):
+    if feature("fixed names") and not algorithm.startswith("xxhash"):
         return
     _log.warning(
         "this vLLM begins its block hashes (%s) with random bytes: what is on disk or remote is not found again after "

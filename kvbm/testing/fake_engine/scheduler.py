@@ -167,8 +167,8 @@ class Scheduler:
         return budget, was_full
 
     def _admit(self, step: Step, new: list[NewRequestData], cached: CachedRequestData, budget: int) -> int:
-        """Schedule waiting requests, those whose load has ended first; give what is left of the budget."""
-        for request in sorted(self.waiting, key=lambda one: one.status is not Status.WAITING_FOR_REMOTE_KVS):
+        """Schedule waiting requests, those that hold blocks first; give what is left of the budget."""
+        for request in sorted(self.waiting, key=lambda one: not (_is_loading(one) or any(one.tables))):
             if len(self.running) >= self._shape.max_running or not budget:
                 break
             if request.status is Status.WAITING_FOR_REMOTE_KVS:
