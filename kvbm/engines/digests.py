@@ -27,6 +27,7 @@ class Digests:
         self._variant = np.uint64(variant)
         self._names: HashArray = np.zeros((16, 2), dtype=np.uint64)
         self._num_names = 0
+        self._last = b""  # digest of the last of them
 
     def __len__(self) -> int:
         return self._num_names
@@ -62,8 +63,26 @@ class Digests:
                 self._names = grown
             self._names[num_known:num_all] = np.frombuffer(data, dtype="<u8").reshape(-1, 2)
             self._names[num_known:num_all, 0] ^= self._variant
-            self._num_names = num_all
+            self._num_names, self._last = num_all, digests[-1]
         return self.names
+
+    def keep(self, digests: Sequence[bytes]) -> int:
+        """Forget the hashes that an engine has taken back, and those behind them; return how many are left.
+
+        Parameters
+        ----------
+        digests : sequence of bytes
+            As for `extend`. A session that goes on without the last token of its text names that token's block anew.
+        """
+        num_known = self._num_names
+        if not num_known or (len(digests) >= num_known and digests[num_known - 1] == self._last):
+            return num_known  # each digest is of all tokens up to its end
+        again = Digests(allow_weak=self._allow_weak, variant=int(self._variant)).extend(digests[:num_known])
+        is_same = (again == self._names[: len(again)]).all(axis=1)
+        num_kept = len(again) if is_same.all() else int(is_same.argmin())
+        self._names, self._num_names = self._names[:num_kept].copy(), num_kept  # others look at the old ones
+        self._last = digests[num_kept - 1] if num_kept else b""
+        return num_kept
 
     @property
     def names(self) -> HashArray:

@@ -132,6 +132,7 @@ class SchedulerCore:
             Whether they come while the engine goes on with others.
         """
         request = self._request(request_id, variant)
+        self._take_back(request, digests)
         if request.has_failed or num_computed_tokens % self._block_tokens or num_tokens < 1:
             return 0, False
         now, answer = self._clock(), request.answer
@@ -213,6 +214,7 @@ class SchedulerCore:
         request = self._request(request_id)
         if request.state is RequestState.NEW:
             request.go(RequestState.RUNNING)
+        self._take_back(request, digests)
         if num_tokens // self._block_tokens <= min(request.num_offered):
             return (min(request.num_offered) + 1) * self._block_tokens
         names = request.digests.extend(digests)
@@ -375,6 +377,14 @@ class SchedulerCore:
             digests = Digests(allow_weak=self._allow_weak_hashes, variant=variant)
             request = self._requests[request_id] = Request(request_id, digests, [0] * len(self._groups))
         return request
+
+    def _take_back(self, request: Request, digests: Sequence[bytes]) -> None:
+        """Forget names that the engine has taken back, and what was done under them."""
+        num_known = len(request.digests)
+        num_kept = request.digests.keep(digests)
+        if num_kept < num_known:
+            request.answer = None
+            request.num_offered = [min(num, num_kept) for num in request.num_offered]
 
     def _forget(self, request: Request) -> None:
         request.go(RequestState.GONE)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvbm._backend import Backend
 from kvbm.errors import BlockStateError, HashFormatError
+from kvbm.jobs.messages import decode_job
 from kvbm.planner import Limits
 from kvbm.types import Tier
 
@@ -161,6 +162,30 @@ def test_calls_in_an_impossible_order_say_so(make_core: MakeCore) -> None:
     site.held["b"] = []
     site.run()
     site.calm()
+
+
+def test_a_session_that_goes_on_without_its_last_token_is_saved_under_its_new_name(make_core: MakeCore) -> None:
+    site = make_core()
+    core, taken_back, kept = site.core, tokens_of(1, 2, more=0), tokens_of(2, 2, more=0)
+    kept[:BLOCK_TOKENS] = taken_back[:BLOCK_TOKENS]
+    core.matched_tokens("a", digests_of(taken_back), num_tokens=9, num_computed_tokens=0)
+    assert core.computed("a", digests_of(taken_back), [[0, 1]], num_tokens=7) == 8
+    assert core.computed("a", digests_of(kept)[:1], [[0, 1]], num_tokens=7) == 8
+    core.computed("a", digests_of(kept), [[0, 1]], num_tokens=8)
+    (first, second) = (job for data in core.orders().jobs[0] for job in [decode_job(data)])
+    names = np.concatenate([first.hashes, second.hashes])
+    assert [row.tobytes() for row in names] == [digest[-16:] for digest in digests_of(kept)]
+
+
+def test_an_answer_does_not_outlive_the_names_that_it_was_of(make_core: MakeCore) -> None:
+    site = make_core()
+    prompt, other = tokens_of(1, 3), tokens_of(2, 3)
+    site.add("a", prompt)
+    site.run()
+    core = site.core
+    assert core.matched_tokens("b", digests_of(prompt), num_tokens=13, num_computed_tokens=0) == (12, True)
+    assert core.matched_tokens("b", digests_of(other), num_tokens=13, num_computed_tokens=0) == (0, False)
+    core.finished("b")
 
 
 def test_short_digests_are_refused(make_core: MakeCore) -> None:

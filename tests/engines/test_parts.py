@@ -162,6 +162,26 @@ def test_digests_are_cut_to_sixteen_bytes_however_they_grow(digests: list[bytes]
     assert len(known) == len(digests)
 
 
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
+def test_names_that_an_engine_takes_back_are_forgotten_with_those_behind_them(
+    before: list[int], after: list[int]
+) -> None:
+    def chain(tokens: list[int]) -> list[bytes]:
+        return [bytes(tokens[:end]).ljust(8, b"x") + b"y" * 24 for end in range(1, len(tokens) + 1)]
+
+    def name(digest: bytes) -> bytes:
+        return digest[:16]  # what tells these apart
+
+    known = Digests()
+    old = known.extend([one[::-1] for one in chain(before)])
+    was = old.copy()
+    num_same = next((i for i, (x, y) in enumerate(zip(before, after, strict=False)) if x != y), len(before))
+    assert known.keep([one[::-1] for one in chain(after)]) == min(num_same, len(after))
+    names = known.extend([one[::-1] for one in chain(after)])
+    assert [row.tobytes()[::-1] for row in names] == [name(one) for one in chain(after)]
+    assert np.array_equal(old, was), "whoever looks at the old ones sees no others"
+
+
 def test_weak_digests_are_taken_only_when_that_is_said() -> None:
     with pytest.raises(HashFormatError, match="need 16 or more"):
         Digests().extend([b"short"])
