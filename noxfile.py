@@ -204,7 +204,7 @@ def _install_vllm(session: nox.Session, version: str | None = None) -> None:
     requirements = session.cache_dir / "vllm-requirements.txt"
     requirements.write_text(pins, encoding="utf-8")
     session.install("--no-cache-dir", "--no-deps", "-r", str(requirements))
-    _install(session)
+    _install(session, "s3")
     session.install("pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100")
     session.run("python", "-c", "import vllm", env={"PYTHONSAFEPATH": "1"})  # tests would skip where it cannot be had
 

@@ -27,6 +27,7 @@ from rich.console import Console
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "tests" / "vllm")]
 
+from connector_cost import COST_BARS, measure_cost  # noqa: E402
 from throttle import Throttle  # noqa: E402
 from vllm_site import ENVIRONMENT, Engine, make_model, prompt_of  # noqa: E402
 
@@ -52,6 +53,7 @@ BARS = {
     "unseen_ttft": Bar(0.97, "ratio"),
     "batch8_rate": Bar(0.98, "ratio"),
     "slow_disk_ttft": Bar(0.9, "ratio"),
+    **COST_BARS,
 }
 
 
@@ -352,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = str(make_model("llama26m", folder / "model"))
         rows = measure_hits(model, str(folder / "hits"), given.tokens, given.rounds)
         rows += measure_overhead(model, str(folder / "overhead"), given.tokens, given.pairs)
+        rows += measure_cost()
         rows += measure_slow_disk(model, str(folder / "slow"), given.tokens, given.pairs)
     caption = (
         "ratio above 1 is better; hits are compared with cold, the others with a connector that does nothing, or none"

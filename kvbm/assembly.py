@@ -18,11 +18,10 @@ from kvbm.errors import ConfigError, TransferTimeout
 from kvbm.executor import Executor
 from kvbm.jobs import LocalChannel
 from kvbm.layout import BlockLayout
-from kvbm.planner import Limits, OffloadPolicy, Planner, PlannerThread
-from kvbm.planner.policies import WriteBudget
-from kvbm.plugins import load_plugin
+from kvbm.planner import OffloadPolicy, Planner, PlannerThread
 from kvbm.pool import BlockPool
 from kvbm.provision import make_storages
+from kvbm.rules import limits_of, make_eviction_policy, make_offload_policy, ttls_of
 from kvbm.storage.base import Storage
 from kvbm.storage.cuda import CudaStorage
 from kvbm.storage.cuda_views import CudaStorageBytes
@@ -168,12 +167,11 @@ def _join(
     pools = {}
     layouts = {tier: storage.layout for tier, storage in storages.items()}
     for index, (tier, layout) in enumerate(layouts.items()):
-        policy = eviction if index == 0 and eviction is not None else config.tier(tier).eviction
         pools[tier] = BlockPool(
             layout.num_blocks,
             name=tier.value,
             tier=tier,
-            policy=load_plugin("eviction", policy)() if isinstance(policy, str) else policy,
+            policy=eviction if index == 0 and eviction is not None else make_eviction_policy(config, tier),
             worker_id=config.runtime.worker_id,
             event_metadata={"model": model} if model else None,
             backend=backend,
@@ -197,10 +195,16 @@ def _join(
         backend=backend,
     )
     policies = [
-        _make_offload_policy(config, tier, storage, given=offload_policy if index == 0 else None)
+        make_offload_policy(
+            config,
+            tier,
+            num_blocks=storage.num_blocks,
+            slot_nbytes=getattr(storage, "slot_nbytes", storage.layout.block_nbytes),
+            given=offload_policy if index == 0 else None,
+        )
         for index, (tier, storage) in enumerate(list(storages.items())[1:])
     ]
-    ttls_s = {tier: ttl_s for tier in storages if (ttl_s := config.tier(tier).ttl_s) is not None}
+    ttls_s = ttls_of(config, storages)
     planner = Planner(
         list(pools.values()),
         [LocalChannel(executor.execute, is_small=executor.is_small, is_bounded=executor.is_bounded)]
@@ -210,7 +214,7 @@ def _join(
         recording_tiers=[tier for tier, storage in storages.items() if storage.capabilities.is_persistent],
         keyed_tiers=[tier for tier, storage in storages.items() if storage.capabilities.is_keyed],
         ttls_s=ttls_s,
-        limits=_limits(config),
+        limits=limits_of(config),
     )
     try:
         planner.restore()
@@ -220,47 +224,3 @@ def _join(
         raise
     thread = PlannerThread(planner) if policies or ttls_s else None
     return Assembly(layouts, storages, pools, executor, planner, thread)
-
-
-def _make_offload_policy(config: Config, tier: Tier, storage: Storage, *, given: OffloadPolicy | None) -> OffloadPolicy:
-    """Make, or take, the policy of the route into a tier, within the tier's write budget."""
-    section = config.tier(tier)
-    policy = given if given is not None else _load_offload_policy(config, tier, storage)
-    nbytes_per_day = getattr(section, "write_budget_nbytes", 0)
-    if not nbytes_per_day:
-        return policy
-    slot_nbytes = getattr(storage, "slot_nbytes", storage.layout.block_nbytes)
-    return WriteBudget(policy, slot_nbytes, nbytes_per_day=nbytes_per_day)
-
-
-def _load_offload_policy(config: Config, tier: Tier, storage: Storage) -> OffloadPolicy:
-    name = getattr(config.tier(tier), "offload_policy", None) or config.offload.policy
-    settings: dict[str, Any] = {
-        "second_use": {"max_blocks": config.offload.use_count_blocks},
-        "priority": {"min_priority": config.offload.min_priority},
-        "tinylfu": {"num_blocks": storage.num_blocks},
-    }.get(name, {})
-    policy = load_plugin("offload", name)(**settings)
-    if not isinstance(policy, OffloadPolicy):
-        raise ConfigError(f"offload plug-in {name!r} gave a {type(policy).__name__}, must give an OffloadPolicy")
-    return policy
-
-
-def _limits(config: Config) -> Limits:
-    offload, runtime = config.offload, config.runtime
-    return Limits(
-        queue_blocks=offload.queue_blocks,
-        job_blocks=offload.job_blocks,
-        route_jobs=offload.route_jobs,
-        lineage_blocks=offload.lineage_blocks,
-        touch_calls=offload.touch_calls,
-        in_flight_share=offload.in_flight_share,
-        pin_share=offload.pin_share,
-        prefetch_blocks=offload.prefetch_blocks,
-        probe_blocks=config.remote.probe_blocks,
-        absent_s=config.remote.absent_s,
-        known_s=config.remote.known_s,
-        away_s=config.remote.away_s,
-        onboard_timeout_s=runtime.onboard_timeout_s,
-        offload_timeout_s=runtime.offload_timeout_s,
-    )

@@ -39,7 +39,8 @@ def load_plugin(kind: str, name: str) -> Any:
     PluginError
         The name is not known (the known ones are listed), or its module cannot be imported (the cause is chained).
     """
-    found = [point for point in _points(kind) if point.name == name]
+    found = [point for point in _own_points(kind) if point.name == name]
+    found = found or [point for point in _points(kind) if point.name == name]  # a look into all that is installed
     if not found:
         known = ", ".join(plugin_names(kind))
         raise PluginError(f"no {kind} plug-in is called {name!r}, known: {known}")
@@ -50,8 +51,12 @@ def load_plugin(kind: str, name: str) -> Any:
 
 
 def _points(kind: str) -> list[EntryPoint]:
-    from importlib.metadata import EntryPoint, entry_points  # slow to import, seldom needed
+    from importlib.metadata import entry_points  # slow to import, seldom needed
 
-    group = f"kvbm.{kind}"
-    own = [EntryPoint(name, value, group) for name, value in _OWN.get(kind, {}).items()]
-    return own + list(entry_points(group=group))
+    return _own_points(kind) + list(entry_points(group=f"kvbm.{kind}"))
+
+
+def _own_points(kind: str) -> list[EntryPoint]:
+    from importlib.metadata import EntryPoint
+
+    return [EntryPoint(name, value, f"kvbm.{kind}") for name, value in _OWN.get(kind, {}).items()]

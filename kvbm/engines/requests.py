@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from kvbm.blocks import ImmutableBlocks
 from kvbm.engines.digests import Digests
+from kvbm.engines.groups import Group
 from kvbm.errors import BlockStateError
 from kvbm.jobs import Transfer
 from kvbm.planner import EngineCopy
-from kvbm.types import IdArray, Tier
+from kvbm.types import HashArray, IdArray, Tier
 
 
 class RequestState(str, enum.Enum):
@@ -90,6 +95,27 @@ class Answer(NamedTuple):
     until: float
 
 
+class Left(NamedTuple):
+    """What of one group could be loaded, and how much of it is worth it.
+
+    Attributes
+    ----------
+    group : Group
+    tiers : sequence of Tier
+    where : (num_blocks,) int8
+        For each block which of the tiers it lies in.
+    names : (num_blocks, 2) uint64
+    num_blocks : int
+        Leading ones that are loaded.
+    """
+
+    group: Group
+    tiers: Sequence[Tier]
+    where: npt.NDArray[np.int8]
+    names: HashArray
+    num_blocks: int
+
+
 @dataclass
 class Request:
     """One request.
@@ -106,12 +132,18 @@ class Request:
         Group and copy, of those that may not have landed.
     answer : Answer, optional
         What was said of it last.
+    asks_until : float, optional
+        Moment until which it waits for what a store says of its blocks, once that was asked.
     sources : dict of Tier to int
         Tokens of the load by the tier that they lay in.
     lowest : Tier, optional
         The lowest tier that the load comes from.
     began_at : float
         Moment of the clock when it began.
+    earliest_step : int
+        Step whose report can bring it at the earliest.
+    left : sequence of Left
+        What of it lies below and was not worth loading, to be noted when it is computed.
     num_loading : int
         Tokens that it is to bring.
     timeout_s : float
@@ -133,15 +165,26 @@ class Request:
     parts: list[Part] = field(default_factory=list)
     saves: list[tuple[int, EngineCopy]] = field(default_factory=list)
     answer: Answer | None = None
+    asks_until: float | None = None
     sources: dict[Tier, int] = field(default_factory=dict)
     lowest: Tier | None = None
     began_at: float = 0.0
+    earliest_step: int = 0
+    left: Sequence[Left] = ()
     num_loading: int = 0
     timeout_s: float = 0.0
     is_ended: bool = False
     has_failed: bool = False
     is_sync: bool = False
     is_stale: bool = False
+
+    def take_back(self, digests: Sequence[bytes]) -> None:
+        """Forget names that the engine has taken back, and what was done under them; see `Digests.keep`."""
+        num_known = len(self.digests)
+        num_kept = self.digests.keep(digests)
+        if num_kept < num_known:
+            self.answer = None
+            self.num_offered = [min(num, num_kept) for num in self.num_offered]
 
     def go(self, state: RequestState) -> None:
         """Take the step to another state.

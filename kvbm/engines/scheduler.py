@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from kvbm.engines.choosing import Chooser
+from kvbm.engines.asking import StoreQuestions
+from kvbm.engines.choosing import Chooser, note_left
 from kvbm.engines.digests import Digests
 from kvbm.engines.groups import Group
 from kvbm.engines.history import History
+from kvbm.engines.judge import LoadJudge
 from kvbm.engines.messages import HoldOrder, StepOrders, StepReport
 from kvbm.engines.requests import Answer, Request, RequestState
-from kvbm.engines.speed import PrefillSpeed, TierGuard
 from kvbm.engines.staging import Stager, ids_of
 from kvbm.errors import ConfigError
 from kvbm.jobs import encode
@@ -27,7 +28,6 @@ from kvbm.jobs.messages import decode_result
 from kvbm.planner import PlannerSteps
 from kvbm.types import IdArray, Tier
 
-_SHORTEST_S = 0.25  # that a load may take; a shorter one would end for a pause of the machine
 _FORGET_S = 30.0  # that an engine without requests goes on for a reset's sake; a disk may hang
 _ANSWER_S = 0.05  # an answer holds so long, unless the engine's own share of the prefix changes
 
@@ -44,7 +44,7 @@ class SchedulerCore:
     allow_weak_hashes : bool
         See `Digests`.
     timeout_s : float
-        Of a load at most; what has not come by then is computed. Less where computing is known to be sooner done.
+        Of a load at most; what has not come by then is computed. Less where computing it is known to take less.
     loads_always : bool
         Load whatever is there, even where computing is sooner: for tests, and for models that are tiny.
     loads_in_step : bool
@@ -80,11 +80,11 @@ class SchedulerCore:
         self._block_tokens = block_tokens
         self._allow_weak_hashes = allow_weak_hashes
         self._loads_in_step = loads_in_step and len(self._groups) == 1  # of several, lost blocks cannot be named there
-        self._timeout_s = timeout_s
         self._loads_always = loads_always
         self._clock = clock
-        self.speed = PrefillSpeed()
-        self.guard = TierGuard(clock)
+        top = self._groups[0].planner.pools[0].tier
+        self._judge = LoadJudge(top=top, timeout_s=timeout_s, loads_always=loads_always, clock=clock)
+        self.speed, self.guard = self._judge.speed, self._judge.guard
         self.history = History(self._groups, block_tokens=block_tokens, clock=clock)
         self._chooser = Chooser(
             self._groups,
@@ -95,9 +95,15 @@ class SchedulerCore:
             loads_always=loads_always,
         )
         self._stager = Stager(
-            self._groups, block_tokens=block_tokens, history=self.history, timeout_of=self._timeout_of, clock=clock
+            self._groups,
+            block_tokens=block_tokens,
+            history=self.history,
+            timeout_of=self._judge.timeout_of,
+            clock=clock,
         )
         self._pumps = [PlannerSteps(group.planner, clock=clock) for group in self._groups]
+        self._questions = StoreQuestions(self._groups, self._pumps, clock=clock)
+        self._has_pumped = False  # since the last step
         self._forgets_until = 0.0
         self._requests: dict[str, Request] = {}
         self._in_step: dict[str, Request] = {}  # whose load is over before the pass
@@ -109,7 +115,7 @@ class SchedulerCore:
 
     def matched_tokens(
         self, request_id: str, digests: Sequence[bytes], *, num_tokens: int, num_computed_tokens: int, variant: int = 0
-    ) -> tuple[int, bool]:
+    ) -> tuple[int | None, bool]:
         """Count the tokens behind the computed ones that can be loaded; asked any number of times, changes nothing.
 
         Parameters
@@ -126,13 +132,14 @@ class SchedulerCore:
 
         Returns
         -------
-        num_tokens : int
-            A multiple of the block's tokens, 0 where nothing is worth loading.
+        num_tokens : int or None
+            A multiple of the block's tokens, 0 where nothing is worth loading; None: ask again with the next step, a
+            store is being asked.
         is_async : bool
             Whether they come while the engine goes on with others.
         """
         request = self._request(request_id, variant)
-        self._take_back(request, digests)
+        request.take_back(digests)
         if request.has_failed or num_computed_tokens % self._block_tokens or num_tokens < 1:
             return 0, False
         now, answer = self._clock(), request.answer
@@ -146,10 +153,17 @@ class SchedulerCore:
         names = request.digests.extend(digests)
         num_computed = num_computed_tokens // self._block_tokens
         most = min(len(names), (num_tokens - 1) // self._block_tokens)
-        choice = self._chooser.choose(request_id, names, num_computed, most)
+        others = (one for one in self._requests.values() if one is not request)
+        waits = not self._loads_in_step and any(one.state is RequestState.RUNNING for one in others)
+        least_s = self.speed.step_s if waits else 0.0  # others' step ends before anybody hears of a load
+        choice = self._chooser.choose(request_id, names, num_computed, most, least_s=least_s)
+        computing_s = None if self._loads_always else self.speed.seconds((most - choice.num_there) * self._block_tokens)
+        if self._questions.is_waiting(request, names[:most], choice.num_there, computing_s=computing_s, step_s=least_s):
+            return None, False
         num_found = (choice.num_blocks - num_computed) * self._block_tokens
         is_sync = self._loads_in_step and choice.is_on_top
         request.answer = Answer(num_computed_tokens, num_found, is_sync, now + _ANSWER_S)
+        request.left = choice.left
         return num_found, num_found > 0 and not is_sync
 
     def allocated(
@@ -177,6 +191,7 @@ class SchedulerCore:
         if len(request.digests) < last:
             raise ConfigError(f"request {request_id!r}: {last} blocks were promised, {len(request.digests)} are named")
         self._stager.begin(request, slots, first, last)
+        self._judge.begin(request)
         if request.is_sync:
             self._in_step[request_id] = request
 
@@ -214,7 +229,10 @@ class SchedulerCore:
         request = self._request(request_id)
         if request.state is RequestState.NEW:
             request.go(RequestState.RUNNING)
-        self._take_back(request, digests)
+        if request.left:
+            note_left(request.left)
+            request.left = ()
+        request.take_back(digests)
         if num_tokens // self._block_tokens <= min(request.num_offered):
             return (min(request.num_offered) + 1) * self._block_tokens
         names = request.digests.extend(digests)
@@ -225,9 +243,8 @@ class SchedulerCore:
             if is_unsaved and not group.window_blocks:
                 continue  # a later step offers them
             request.num_offered[index] = max(first, num_full)
-            if (
-                is_unsaved or first >= num_full
-            ):  # what a window has left is the engine's to fill anew: not offered later
+            # What a window has left is the engine's to fill anew: not offered later.
+            if is_unsaved or first >= num_full:
                 continue
             mine: IdArray = np.asarray(slots[index][first:num_full], dtype=np.int32)
             (places,) = (mine != group.null_slot).nonzero()
@@ -251,7 +268,8 @@ class SchedulerCore:
             return
         self.history.preempted(request_id)
         self._has_fence |= bool(request.open_saves())
-        request.is_stale = False  # all of it is computed again
+        request.is_stale = False  # all of it is computed again, or loaded, in other slots
+        request.num_offered = [0] * len(self._groups)
         if request.state is RequestState.RUNNING:
             request.go(RequestState.NEW)
             request.answer = None
@@ -303,8 +321,10 @@ class SchedulerCore:
 
     def orders(self) -> StepOrders:
         """Give what the workers are to do in the next step."""
-        have_worked = [pump.step() for pump in self._pumps]
-        self.history.step(is_quiet=not any(have_worked))
+        have_pumped = [pump.step() for pump in self._pumps]
+        self.history.step(is_quiet=not (any(have_pumped) or self._has_pumped))
+        self._has_pumped = False
+        self._judge.begin_step()
         self._stager.step()
         orders = StepOrders(
             jobs=[[encode(job) for job in group.channels.take_jobs()] for group in self._groups],
@@ -321,10 +341,12 @@ class SchedulerCore:
         for group, pump, results in zip(self._groups, self._pumps, report.results, strict=True):
             if results:
                 group.channels.receive(report.rank, [decode_result(result) for result in results])
-                pump.step()  # what has come goes down: while that has not been sent, steps are needed
+                # What has come goes down: while that has not been sent, steps are needed.
+                self._has_pumped |= pump.step()
 
     def received(self, request_ids: Iterable[str]) -> None:
         """Note that a step is over, and that every worker has reported these requests as received."""
+        self._judge.end_step()
         if self._in_step:
             self._end_loads([name for name, request in self._in_step.items() if request.has_ended_load()])
         self._end_loads(request_ids)
@@ -337,9 +359,7 @@ class SchedulerCore:
                 self.history.received(request)
                 request.has_failed = not request.has_loaded_all()
                 request.go(RequestState.RUNNING)
-                computing_s = self.speed.seconds(request.num_loading)
-                if request.lowest is not None and computing_s is not None:
-                    self.guard.observe(request.lowest, self._clock() - request.began_at, computing_s)
+                self._judge.end(request)
                 if request.is_ended:
                     self._forget(request)
 
@@ -364,27 +384,12 @@ class SchedulerCore:
 
     # -- private -----------------------------------------------------------------------------------------------
 
-    def _timeout_of(self, num_tokens: int) -> float:
-        """Give the seconds after which a load is given up: twice what computing its tokens takes."""
-        computing_s = None if self._loads_always else self.speed.seconds(num_tokens)
-        if computing_s is None:
-            return self._timeout_s
-        return min(self._timeout_s, max(_SHORTEST_S, 2 * computing_s))
-
     def _request(self, request_id: str, variant: int = 0) -> Request:
         request = self._requests.get(request_id)
         if request is None:
             digests = Digests(allow_weak=self._allow_weak_hashes, variant=variant)
             request = self._requests[request_id] = Request(request_id, digests, [0] * len(self._groups))
         return request
-
-    def _take_back(self, request: Request, digests: Sequence[bytes]) -> None:
-        """Forget names that the engine has taken back, and what was done under them."""
-        num_known = len(request.digests)
-        num_kept = request.digests.keep(digests)
-        if num_kept < num_known:
-            request.answer = None
-            request.num_offered = [min(num, num_kept) for num in request.num_offered]
 
     def _forget(self, request: Request) -> None:
         request.go(RequestState.GONE)

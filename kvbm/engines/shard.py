@@ -79,6 +79,8 @@ class ShardDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         Tiers that keep records, and that have no slots.
     inventories : dict of str to bytes
         What tiers that outlive the process hold: encoded results of `InventoryJob`.
+    slot_nbytes : dict of str to int
+        Bytes that a block takes in each tier on this rank; `block_nbytes` where a tier is not named.
     is_shared : bool
         Rank 0's tiers are those of all ranks.
     """
@@ -88,6 +90,7 @@ class ShardDescription(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     recording: list[str]
     keyed: list[str]
     inventories: dict[str, bytes]
+    slot_nbytes: dict[str, int] = {}
     is_shared: bool = False
 
 
@@ -263,6 +266,10 @@ class Shard:
             recording=[tier.value for tier in self._recording()],
             keyed=[tier.value for tier, storage in below.items() if storage.capabilities.is_keyed],
             inventories={},
+            slot_nbytes={
+                tier.value: getattr(storage, "slot_nbytes", storage.layout.block_nbytes)
+                for tier, storage in below.items()
+            },
             is_shared=self._leading is not None,
         )
 

@@ -24,22 +24,35 @@ _FIRST_REST_S, _LONGEST_REST_S = 10.0, 600.0
 
 
 class PrefillSpeed:
-    """Tokens of prompts a second, as the engine's steps show."""
+    """What the engine's steps show of its speed.
+
+    Attributes
+    ----------
+    tokens_per_s : float or None
+        Of prompts; None until a step has shown it.
+    step_s : float
+        That a step takes.
+    """
 
     def __init__(self) -> None:
-        self.tokens_per_s: float | None = None  # None until a step has shown it
+        self.tokens_per_s: float | None = None
+        self.step_s = 0.0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Note a step that computed so many tokens."""
-        if num_tokens < _FEW_TOKENS or seconds <= 0:
+        """Note a step that computed so many tokens of prompts."""
+        if seconds <= 0:
             return
-        speed = num_tokens / seconds
-        known = self.tokens_per_s
-        self.tokens_per_s = speed if known is None else _FADING * known + (1 - _FADING) * speed
+        self.step_s = _fade(self.step_s or None, seconds)
+        if num_tokens >= _FEW_TOKENS:
+            self.tokens_per_s = _fade(self.tokens_per_s, num_tokens / seconds)
 
     def seconds(self, num_tokens: int) -> float | None:
         """Predict how long computing so many tokens takes; None while nothing is known."""
         return None if self.tokens_per_s is None else num_tokens / self.tokens_per_s
+
+
+def _fade(known: float | None, new: float) -> float:
+    return new if known is None else _FADING * known + (1 - _FADING) * new
 
 
 @dataclass
@@ -83,7 +96,9 @@ class TierGuard:
             record.rest_s = _FIRST_REST_S
         if sum(record.were_slow) < _BAD:
             return
-        _log.warning(
+        is_first = record.rest_s == _FIRST_REST_S
+        _log.log(
+            logging.WARNING if is_first else logging.INFO,
             "tier is left alone tier=%s seconds=%g: its loads take longer than computing (%.3g s for %.3g s)",
             tier.value, record.rest_s, seconds, computing_s,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from kvbm.types import HashArray, Tier
 _PROBE_EVERY = 16  # plans that left blocks of a tier where they are
 _PROBE_AFTER_S = 10.0  # since its last job
 _PROBE_BLOCKS = 4
+_FORGOTTEN_AFTER_S = 60.0  # since the last copy to an engine
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,26 @@ class Advisor:
         """
         tiers, where = hit.tier_of_blocks()
         advice = self.plan(tiers, where, prefill_tokens_per_s, block_tokens=block_tokens, block_nbytes=block_nbytes)
-        is_left = np.arange(len(where)) >= advice.num_blocks
-        for index, tier in enumerate(tiers):
-            self._note(tier, hit.hashes, (where == index) & is_left)
+        self.note_left(tiers, where, hit.hashes, advice.num_blocks)
         return advice
+
+    def note_left(
+        self, tiers: Sequence[Tier], where: npt.NDArray[np.integer[Any]], hashes: HashArray, num_blocks: int
+    ) -> None:
+        """Note that a plan is followed; a tier that plans keep leaving is measured anew once in a while.
+
+        Parameters
+        ----------
+        tiers, where
+            As for `plan`.
+        hashes : (num_blocks, 2) uint64
+        num_blocks : int
+            Leading blocks that are loaded; the others are left.
+        """
+        is_left = np.arange(len(where)) >= num_blocks
+        for index, tier in enumerate(tiers):
+            if tier is not self._top:  # nothing is fetched from there to there
+                self._note(tier, hashes, (where == index) & is_left)
 
     def plan(
         self,
@@ -155,6 +172,7 @@ class Advisor:
         *,
         block_tokens: int,
         block_nbytes: int,
+        least_s: float = 0.0,
     ) -> Advice:
         """Tell how many leading blocks are worth loading, without holding or changing anything.
 
@@ -165,6 +183,8 @@ class Advisor:
             For each block which of the tiers it lies in.
         prefill_tokens_per_s, block_tokens, block_nbytes
             As for `advise`.
+        least_s : float
+            Seconds that loading takes whatever is loaded.
         """
         if not 0 < prefill_tokens_per_s < math.inf:
             raise ConfigError(f"prefill_tokens_per_s is {prefill_tokens_per_s}, give a number above 0")
@@ -172,6 +192,7 @@ class Advisor:
         num_blocks = len(where)
         queued = self._loader.queued()
         load_s = np.zeros(num_blocks + 1)  # of the first n blocks
+        load_s[1:] = least_s
         queue_s = np.zeros(num_blocks + 1)
         for index, tier in enumerate(tiers):
             if tier is self._top:
@@ -184,6 +205,8 @@ class Advisor:
             load_s += num_jobs * estimate.latency_s + counts * (block_nbytes / estimate.bytes_per_s)
         if self._foreign is not None:
             estimate, counts = self._estimates.route(self._top, self._foreign), np.arange(num_blocks + 1)
+            if estimate.measured_at is not None and self._clock() - estimate.measured_at >= _FORGOTTEN_AFTER_S:
+                estimate = self._estimates.default(self._top, self._foreign)  # nothing else measures it anew
             load_s += -(-counts // self._job_blocks) * estimate.latency_s
             load_s += counts * (block_nbytes / estimate.bytes_per_s)
         total_s = load_s + queue_s + (num_blocks - np.arange(num_blocks + 1)) * block_s

@@ -129,6 +129,10 @@ class Estimates:
             known = self._routes.get(key)
         return RouteEstimate(*DEFAULTS[default]) if known is None else known.now
 
+    def default(self, source: Tier, destination: Tier) -> RouteEstimate:
+        """Give what is believed of a route that was never measured."""
+        return RouteEstimate(*DEFAULTS[self._key_of(source, destination)[1]])
+
     def routes(self) -> dict[tuple[Tier, Tier], RouteEstimate]:
         """Give what was measured: what comes up from a tier stands under that tier and the top one."""
         with self._lock:

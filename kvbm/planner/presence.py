@@ -107,6 +107,19 @@ class Presence:
         """Whether the tier could not be reached a short while ago."""
         return self._clock() < self._away_until
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether a question of a request's is open, or waits for the one that is."""
+        return bool(self._wanted) or self._is_asking
+
+    def has_unknown(self, hashes: HashArray) -> bool:
+        """Tell whether asking for a sequence's next blocks may say something new; any thread."""
+        names, now = hashes[: self._limits.probe_blocks], self._clock()
+        if self.is_away:
+            return False
+        absent = [self._absent.get(key, -np.inf) > now for key in keys_of(names)]
+        return bool(((self.pool.lookup(names) < 0) & ~np.array(absent, dtype=np.bool_)).any())
+
     def answered(self, results: Iterable[JobResult]) -> None:
         """Look at answers to a job of the tier: one that says it is out of reach has it left alone for a while."""
         if any(result.is_away for result in results):

@@ -25,7 +25,7 @@ class PlannerSteps:
         self._clock = clock
         self._has_news = True
         self._due_at = -math.inf
-        planner.set_wake(self._wake)
+        planner.set_wake(self.wake)
 
     def step(self) -> bool:
         """Pump once, if anything was registered, answered or is overdue, or jobs are open; return whether it did."""
@@ -40,7 +40,6 @@ class PlannerSteps:
         self._due_at = math.inf if remaining_s is None else self._clock() + remaining_s
         return True
 
-    # -- private -----------------------------------------------------------------------------------------------
-
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Say that there is something to do; any thread."""
         self._has_news = True

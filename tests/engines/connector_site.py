@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from kvbm._backend import Backend
 from kvbm.engines import arrange, shard, worker
 from kvbm.jobs import CopyJob, Outcome
 from kvbm.layout import BlockLayout
-from kvbm.planner import Limits, Planner, emit
+from kvbm.planner import Planner, emit
 from kvbm.storage import HostStorage, Storage
 from kvbm.testing.channels import SteppedChannel, SteppedClock
 from kvbm.testing.fake_engine import ConnectorSchedules, EngineShape, vllm_stand_ins
@@ -56,19 +56,32 @@ class KvbmSchedules(ConnectorSchedules):
     num_host, num_disk : int
         Blocks of the tiers, for each group and rank.
     loads : {'async', 'sync'}
+    settings : mapping, optional
+        Sections of the configuration, key by key in place of the site's own.
     """
 
     timeout_s = 0.0
 
-    def __init__(self, shape: EngineShape, *, num_host: int = 6, num_disk: int = 10, loads: str = "async") -> None:
+    def __init__(
+        self,
+        shape: EngineShape,
+        *,
+        num_host: int = 6,
+        num_disk: int = 10,
+        loads: str = "async",
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         _clock.now = 1000.0
         block_nbytes = 2 * shape.num_layers * shape.num_heads * shape.block_tokens * shape.head_words
         _disk_blocks[0] = num_disk
-        runtime = {"copy_threads": 1}
-        offload = {"staging_blocks": 2}
-        host = num_host * block_nbytes * shape.num_groups * shape.num_ranks
-        extra = {"host": host, "loads": loads, "runtime": runtime, "offload": offload}
-        super().__init__(shape, extra={**extra, "always_load": True, "explain": False})
+        sections: dict[str, dict[str, Any]] = {
+            "host": {"size": num_host * block_nbytes * shape.num_groups * shape.num_ranks},
+            "runtime": {"copy_threads": 1},
+            "offload": {"staging_blocks": 2, "job_blocks": 2, "in_flight_share": 1.0},
+        }
+        for name, section in (settings or {}).items():
+            sections[name] = {**sections.get(name, {}), **section}
+        super().__init__(shape, extra={**sections, "loads": loads, "always_load": True, "explain": False})
         self.cores = [half._worker._core for half in self.engine.worker_halves]
         for core in self.cores:
             core._has_ended = Stepping(core)
@@ -144,7 +157,7 @@ class KvbmSchedules(ConnectorSchedules):
             pool.check()
 
     def check_idle(self) -> None:
-        assert {} == self.half._requests == self.half._asked == self.half._slots
+        assert {} == self.half._requests == self.half._asked == self.half._slots == self.half._due
         assert self.half._core.num_requests == 0, self.half._core._requests
         for pool in self.pools:
             status = pool.status()
@@ -177,12 +190,10 @@ def kvbm_connector(backend: Backend) -> Iterator[None]:
         from kvbm.engines.vllm import scheduler as half  # they meet the stand-ins
         from kvbm.engines.vllm import worker as other_half
 
-        limits = Limits(job_blocks=2, in_flight_share=1.0)
         with (
             mock.patch.object(half, "default_backend", return_value=backend),
             mock.patch.object(other_half, "default_backend", return_value=backend),
             mock.patch.object(half, "SchedulerCore", partial(half.SchedulerCore, clock=_clock)),
-            mock.patch.object(half, "make_group", partial(arrange.make_group, limits=limits)),
             mock.patch.object(arrange, "Planner", partial(Planner, clock=_clock)),
             mock.patch.object(worker, "LocalChannel", lambda execute, **more: SteppedChannel(execute)),
             mock.patch.object(shard, "make_storages", _with_disk),

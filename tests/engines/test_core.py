@@ -177,6 +177,23 @@ def test_a_session_that_goes_on_without_its_last_token_is_saved_under_its_new_na
     assert [row.tobytes() for row in names] == [digest[-16:] for digest in digests_of(kept)]
 
 
+def test_blocks_that_are_computed_again_are_saved_again(make_core: MakeCore) -> None:
+    site = make_core()
+    site.add("a", tokens_of(1, 6))
+    site.step()
+    site.step()
+    while site.core.has_work:
+        site.step(may_compute=False)
+    for pool in site.pools:
+        pool.reset()  # as if others had needed the room
+    site.preempt("a")
+    site.run()
+    site.add("b", tokens_of(1, 6))
+    site.run()
+    assert site.num_loaded == 6
+    site.calm()
+
+
 def test_an_answer_does_not_outlive_the_names_that_it_was_of(make_core: MakeCore) -> None:
     site = make_core()
     prompt, other = tokens_of(1, 3), tokens_of(2, 3)

@@ -96,13 +96,13 @@ def test_a_running_request_that_is_allocated_anew_was_preempted(site: CoreSite) 
     site.calm()
 
 
-def test_a_load_that_takes_twice_as_long_as_computing_is_given_up(site: CoreSite) -> None:
+def test_a_load_that_takes_longer_than_computing_is_given_up(site: CoreSite) -> None:
     site.core.speed.tokens_per_s = 8.0  # two seconds for sixteen tokens
     site.pools[0].reset()
     assert ask(site, "b") == 16
     site.core.allocated("b", [SLOTS], num_computed_tokens=0, num_external_tokens=16)
     assert not site.core.orders().loads, "the disk reads"
-    site.now += 3.9
+    site.now += 1.9
     assert not site.core.orders().loads
     site.now += 0.2
     (order,) = site.core.orders().loads

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from kvbm.config import DiskConfig, HostConfig, OffloadConfig, RemoteConfig, RuntimeConfig
+from kvbm.config.fields import fields_of
 from kvbm.engines.vllm.fingerprint import fingerprint_of, kernel_of, variant_of
-from kvbm.engines.vllm.settings import need_supported, of_replica, part_of
+from kvbm.engines.vllm.settings import need_supported, of_replica, part_of, read_settings
 from kvbm.errors import ConfigError
 
 SPEC = SimpleNamespace(block_size=64)
@@ -144,9 +146,72 @@ def test_sizes_are_shared_by_ranks_and_groups_and_replicas_have_folders_of_their
 def test_a_model_with_several_groups_needs_a_vllm_that_can_be_told_which_requests_failed(
     monkeypatch: pytest.MonkeyPatch, found: Any, is_refused: bool
 ) -> None:
-    monkeypatch.setattr("kvbm.engines.vllm.settings.feature", {"named failures": found}.get)
+    # By its own names: whoever runs the fake engine before has the module imported anew.
+    monkeypatch.setitem(need_supported.__globals__, "feature", {"named failures": found}.get)
     groups = [SimpleNamespace(kv_cache_spec=SPEC), SimpleNamespace(kv_cache_spec=SPEC)]
     refusal = pytest.raises(ConfigError, match=r"2 groups of layers.*use vLLM 0\.30 or newer")
     with refusal if is_refused else contextlib.nullcontext():
         need_supported(config(), SimpleNamespace(kv_cache_groups=groups))
     need_supported(config(), SimpleNamespace(kv_cache_groups=groups[:1]))
+
+
+# -- sections of our configuration ----------------------------------------------------------------------------------
+
+# Whose each key is; `test_arrange` and those of the storages show that it arrives there.
+OF_WORKERS = {
+    *(f"{tier}.{key}" for tier in ("host", "disk", "remote") for key in ("num_blocks", "size", "layout")),
+    *("host.allocator", "host.huge_pages", "disk.path", "disk.slab", "disk.on_mismatch", "disk.sync_interval_s"),
+    *("disk.engine", "disk.depth", "disk.direct_io", "disk.max_queued_size", "remote.url", "remote.prefix"),
+    *("remote.endpoint", "remote.region", "remote.allow_http", "remote.max_concurrency", "remote.request_timeout_s"),
+    *("offload.staging_blocks", "offload.verify_checksums", "runtime.copy_threads", "runtime.io_threads"),
+}
+OF_THE_SCHEDULER = {
+    *(f"{tier}.{key}" for tier in ("host", "disk", "remote") for key in ("eviction", "ttl")),
+    *("disk.offload_policy", "disk.write_budget", "remote.offload_policy", "remote.probe_blocks", "remote.absent_s"),
+    *("remote.known_s", "remote.away_s", "offload.policy", "offload.queue_blocks", "offload.job_blocks"),
+    *("offload.route_jobs", "offload.in_flight_share", "offload.lineage_blocks", "offload.touch_calls"),
+    *("offload.use_count_blocks", "runtime.offload_timeout_s"),
+}
+TIERS: dict[str, dict[str, Any]] = {
+    "host": {"size": "1GiB"}, "disk": {"size": "1GiB", "path": "/x"}, "remote": {"url": "memory://"},
+}  # fmt: skip
+
+
+def test_every_key_of_the_configuration_is_somebodys_or_refused() -> None:
+    kinds = (HostConfig, DiskConfig, RemoteConfig, OffloadConfig, RuntimeConfig)
+    for section, key in [(kind.section, key) for kind in kinds for key in fields_of(kind)]:
+        taken = OF_WORKERS | OF_THE_SCHEDULER
+        given = {**TIERS, section: {**TIERS.get(section, {}), key: 1}}
+        if f"{section}.{key}" in taken:
+            assert read_settings(given)[0][section][key] == 1
+        else:
+            with pytest.raises(ConfigError, match=f"{section}.{key} has no effect in vLLM, leave it out: "):
+                read_settings(given)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"host": None}, "host is None, give an object"),
+        ({"host": True}, "host is True, give an object"),
+        ({"host": "1GiB", "disk": {"path": "/x", "ttl": "6h"}}, "disk has neither size nor num_blocks"),
+        ({"host": "1GiB", "remote": {"probe_blocks": 9}}, "remote has no url"),
+        ({"host": "1GiB", "offload": {"policy": "second_use"}}, "from host memory to disk or remote, and there is"),
+        ({**TIERS, "offload": {"policy": "priority"}}, "offload.policy is 'priority', use another"),
+        ({**TIERS, "disk": {**TIERS["disk"], "offload_policy": "priority"}}, "disk.offload_policy is 'priority'"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(extra: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"kv_connector_extra_config.*{words}"):
+        read_settings(extra)
+
+
+def test_the_write_budget_is_shared_by_ranks_and_groups_and_no_budget_stays_none(tmp_path: Path) -> None:
+    folder = tmp_path / "not made"
+    for budget, part in (("8KiB", 2048), (3, 1), (0, 0), ("0", "0")):
+        sections = {"disk": {"path": str(folder), "size": 800, "write_budget": budget}}
+        mine = part_of(sections, group=0, num_groups=2, rank=0, num_ranks=2, makes_folder=False)
+        assert mine["disk"]["write_budget"] == part
+    one = part_of(sections | {"disk": {"write_budget": 8}}, group=0, num_groups=2, rank=0, num_ranks=2, is_shared=True)
+    assert one["disk"]["write_budget"] == 4
+    assert not folder.exists()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from vllm_site import Engine, need_feature, needs_vllm, prompt_of
 
 pytestmark = needs_vllm
@@ -83,6 +84,33 @@ def test_routers_hear_of_a_block_in_its_new_tier_before_it_leaves_the_old_one(st
     engine.generate([prompt_of(99, 10)])
     assert any(isinstance(event, AllBlocksCleared) for event in events)
     engine.calm()
+
+
+@pytest.mark.parametrize("are_numbers", [True, False], ids=["numbers", "bytes"])
+def test_routers_hear_of_what_a_disk_holds_from_before_a_restart(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, are_numbers: bool
+) -> None:
+    from vllm.config import KVEventsConfig
+
+    monkeypatch.setenv("VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES", str(int(are_numbers)))
+    events: list[Any] = []
+    seen: list[set[Any]] = []
+    for prompt in (PROMPT, prompt_of(99, 10), PROMPT):
+        if len(seen) < 2:
+            engine = start(
+                disk=tmp_path, kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+            )
+            engine.vllm_scheduler.kv_event_publisher.publish = lambda batch: events.extend(batch.events)
+        engine.generate([prompt])
+        engine.settle()
+        engine.generate([prompt_of(99, 10)])
+        seen.append({name for one in events if getattr(one, "medium", "") == "STORAGE" for name in one.block_hashes})
+        events.clear()
+        engine.calm()
+    names = seen[0]
+    assert len(names) == 4
+    assert {type(name) for name in names} == {int if are_numbers else bytes}
+    assert seen[1:] == ([names, set()] if are_numbers else [set(), names]), "bytes when a request has named them"
 
 
 def test_hits_are_told_apart_by_tier(start: Start, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from vllm_site import Engine, needs_vllm, prompt_of
+from vllm_site import Engine, keep_the_prefix_cache, need_model, needs_vllm, prompt_of
 
 from kvbm.types import Tier
 
@@ -25,17 +25,43 @@ def spoil(engine: Engine) -> None:
         rows[used, _EXPONENT] ^= 0x40
 
 
-def test_loads_in_the_step_write_the_same_text(start: Start) -> None:
-    engine = start(extra=SYNC)
-    orders = []
+def orders_of(engine: Engine) -> list[Any]:
+    """Give the list that the loads are added to which steps have of their own."""
+    orders: list[Any] = []
     core = engine.worker._core
     begin = core.begin_sync_loads
     core.begin_sync_loads = lambda *a, **k: (orders.extend(core._step_loads._orders), begin(*a, **k))[1]
+    return orders
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_loads_in_the_step_write_the_same_text(start: Start, kind: str) -> None:
+    engine = start(kind, extra=SYNC)
+    orders = orders_of(engine)
     cold, _ = engine.generate(PROMPTS)
     engine.forget()
     assert not orders
     assert engine.generate(PROMPTS) == (cold, [256, 448, 640])
-    assert orders, "the loads were not the step's own"
+    is_one_group = kind == "llama"
+    assert bool(orders) == is_one_group, "the loads of one group are the step's own, those of more are not"
+    engine.calm()
+
+
+def test_loads_in_the_step_write_what_a_hit_in_the_engines_own_cache_does(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLA, and one request at a time: in bfloat16 the text depends on which requests share a step."""
+    need_model("deepseek")
+    keep_the_prefix_cache(monkeypatch)
+    engine = start("deepseek", extra=SYNC, dtype="bfloat16")
+    orders = orders_of(engine)
+    for prompt in PROMPTS:
+        engine.generate([prompt])
+    local = [engine.generate([prompt]) for prompt in PROMPTS]
+    assert not orders, "the engine's own cache had it all"
+    engine.forget()
+    assert [engine.generate([prompt]) for prompt in PROMPTS] == local
+    assert len(orders) == len(PROMPTS)
     engine.calm()
 
 

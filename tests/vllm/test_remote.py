@@ -29,7 +29,7 @@ PROMPTS = [prompt_of(120 + seed, num_tokens) for seed, num_tokens in enumerate((
 WHOLE = [256, 448, 640]
 NUM_BLOCKS = 21  # of 64 tokens; the texts fill no other
 OTHERS = [prompt_of(130 + seed, 500) for seed in range(5)]  # of 7 blocks each, and one with the text
-HOST = "6MiB"  # 48 blocks
+HOST, SMALL_HOST = "16MiB", "6MiB"  # 128 and 48 blocks; a quarter of them may be on their way at once
 _HEADER_NBYTES = 64
 _EXPONENT = 103  # of a float32 in a block: with this bit the other way the number is another one by 2**128
 _SOON_S = 20.0  # the store itself gives up after 30
@@ -70,12 +70,13 @@ def kept(filled: Kept, tmp_path: Path) -> Kept:
 
 
 def over(kept: Kept, **more: Any) -> dict[str, Any]:
-    return {"host": HOST, "remote": {"url": kept.folder.as_uri()}, **more}
+    return {"host": HOST, "remote": {"url": kept.folder.as_uri()}} | more
 
 
 def routes(engine: Engine) -> dict[tuple[Tier, Tier], Any]:
     (group,) = engine.half._groups
-    return group.planner.statistics().routes
+    moved: dict[tuple[Tier, Tier], Any] = group.planner.statistics().routes
+    return moved
 
 
 def num_hit(engine: Engine) -> dict[str, int]:
@@ -88,6 +89,7 @@ def presence_of(engine: Engine) -> Presence:
     """What the scheduler's half knows of the store."""
     (group,) = engine.half._groups
     (presence,) = group.planner.presences
+    assert isinstance(presence, Presence)
     return presence
 
 
@@ -98,7 +100,7 @@ def store_of(engine: Engine) -> Any:
 
 @pytest.mark.vllm_smoke
 def test_fresh_engine_loads_from_the_store_what_another_has_computed(start: Start, kept: Kept) -> None:
-    engine = start(extra=over(kept))
+    engine = start(extra=over(kept, host=SMALL_HOST))
     assert engine.generate(PROMPTS) == (kept.texts, WHOLE)
     assert num_hit(engine) == {"remote": NUM_BLOCKS}
     assert routes(engine)[Tier.REMOTE, Tier.HOST].blocks == NUM_BLOCKS
@@ -107,9 +109,21 @@ def test_fresh_engine_loads_from_the_store_what_another_has_computed(start: Star
     assert store_of(engine).counters.num_writes == 0, "all of it was there"
     for prompt in OTHERS:  # host memory is too small for these and those
         engine.generate([prompt])
+        engine.settle()
     engine.forget()
     assert engine.generate(PROMPTS) == (kept.texts, WHOLE)
     assert num_hit(engine)["remote"] > NUM_BLOCKS, "what host memory has given up came from the store"
+    engine.calm()
+
+
+def test_what_another_engine_stores_meanwhile_is_found(start: Start, kept: Kept, tmp_path: Path) -> None:
+    elsewhere = kept.folder.rename(tmp_path / "elsewhere")
+    engine = start(extra=over(kept))  # the store is empty
+    assert engine.generate(OTHERS[:1])[1] == [0]
+    shutil.copytree(elsewhere, kept.folder, dirs_exist_ok=True)
+    assert engine.generate(PROMPTS) == (kept.texts, WHOLE)
+    assert num_hit(engine) == {"remote": NUM_BLOCKS}
+    assert engine.generate(OTHERS[1:2])[1] == [0]
     engine.calm()
 
 
@@ -187,7 +201,7 @@ def test_store_that_goes_away_and_comes_back_changes_no_text(
 
     store._breaker._first_cool_down_s = 0.05
     is_back = threading.Event()
-    store.on_availability(lambda is_available: is_available and is_back.set())
+    store.on_availability(lambda is_available: is_back.set() if is_available else None)
     away = tmp_path / "away"
     kept.folder.rename(away)
     kept.folder.touch()  # what was a directory is a file: every request fails

@@ -6,22 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_site import Engine, needs_vllm, prompt_of
+from vllm_site import Engine, Texts, keep_the_prefix_cache, need_model, needs_vllm, prompt_of
 
 pytestmark = needs_vllm
 Start = Callable[..., Engine]
 PROMPTS = [prompt_of(seed, num_tokens) for seed, num_tokens in enumerate((300, 500, 701))]
 
 
+def alone(engine: Engine) -> list[tuple[Texts, list[int]]]:
+    return [engine.generate([prompt]) for prompt in PROMPTS]
+
+
 def whole_blocks(block_size: int) -> list[int]:
     return [(len(prompt) - 1) // block_size * block_size for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("block_size", [32, pytest.param(64, marks=pytest.mark.vllm_smoke), 128])
+@pytest.mark.parametrize(
+    ("kind", "block_size"),
+    [
+        ("llama", 32),
+        pytest.param("llama", 64, marks=pytest.mark.vllm_smoke),
+        ("llama", 128),
+        ("llama", 256),
+        ("mha", 64),
+    ],
+)
 def test_llama_writes_the_same_from_every_tier_and_after_a_restart(
-    start: Start, tmp_path: Path, block_size: int
+    start: Start, tmp_path: Path, kind: str, block_size: int
 ) -> None:
-    engine = start(disk=tmp_path, block_size=block_size)
+    engine = start(kind, disk=tmp_path, block_size=block_size)
     cold, cached = engine.generate(PROMPTS)
     assert cached == [0, 0, 0]
     assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "from the engine's own cache"
@@ -31,16 +44,16 @@ def test_llama_writes_the_same_from_every_tier_and_after_a_restart(
     engine.forget_memory()
     assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "from the disk"
     engine.calm()
-    engine = start(disk=tmp_path, block_size=block_size)
+    engine = start(kind, disk=tmp_path, block_size=block_size)
     assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "in a fresh engine"
     engine.calm()
 
 
-@pytest.mark.vllm_smoke
-def test_requests_that_are_preempted_write_the_same(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.vllm_smoke), "gemma3"])
+def test_requests_that_are_preempted_write_the_same(start: Start, tmp_path: Path, kind: str) -> None:
     prompts = [prompt_of(10 + seed, 500) for seed in range(6)]
-    expected, _ = start(has_connector=False).generate(prompts, 120)
-    engine = start(disk=tmp_path, num_gpu_blocks_override=45)
+    expected, _ = start(kind, has_connector=False).generate(prompts, 120)
+    engine = start(kind, disk=tmp_path, num_gpu_blocks_override=45, max_model_len=1024)
     preempted = []
     core = engine.half._core
     engine.half._core.preempted = lambda request_id: (
@@ -53,9 +66,10 @@ def test_requests_that_are_preempted_write_the_same(start: Start, tmp_path: Path
     engine.calm()
 
 
-def test_a_prompt_in_chunks_writes_the_same(start: Start) -> None:
-    expected, _ = start(has_connector=False).generate(PROMPTS)
-    engine = start(max_num_batched_tokens=128, enable_chunked_prefill=True)
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_prompt_in_chunks_writes_the_same(start: Start, kind: str) -> None:
+    expected, _ = start(kind, has_connector=False).generate(PROMPTS)
+    engine = start(kind, max_num_batched_tokens=128, enable_chunked_prefill=True)
     assert engine.generate(PROMPTS)[0] == expected
     engine.forget()
     assert engine.generate(PROMPTS) == (expected, whole_blocks(64))
@@ -106,13 +120,26 @@ def test_gemma3_with_two_groups_of_layers_writes_the_same(start: Start, tmp_path
     engine.calm()
 
 
-def test_deepseek_writes_what_a_hit_in_the_engines_own_cache_does(start: Start) -> None:
+@pytest.mark.parametrize("budget", [2048, 128], ids=["whole", "in chunks"])
+def test_deepseek_writes_what_a_hit_in_the_engines_own_cache_does(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
     """One request at a time: in bfloat16 the text depends on which requests share a step."""
-    engine = start("deepseek", dtype="bfloat16")
-    engine.generate(PROMPTS)
-    local = [engine.generate([prompt]) for prompt in PROMPTS]
-    cached = [num_cached for _, (num_cached,) in local]
-    assert cached == whole_blocks(engine.half._block_tokens), "the kernel chooses the size"
+    need_model("deepseek")
+    keep_the_prefix_cache(monkeypatch)
+    more = {"dtype": "bfloat16", "max_num_batched_tokens": budget, "enable_chunked_prefill": True}
+    engine = start("deepseek", has_connector=False, **more)
+    alone(engine)
+    local = alone(engine)
+    engine = start("deepseek", disk=tmp_path, **more)
+    assert [cached for _, (cached,) in local] == whole_blocks(engine.half._block_tokens), "the kernel chooses the size"
+    assert [cached for _, (cached,) in alone(engine)] == [0, 0, 0]
     engine.forget()
-    assert [engine.generate([prompt]) for prompt in PROMPTS] == local
+    assert alone(engine) == local, "from host memory"
+    engine.forget()
+    engine.forget_memory()
+    assert alone(engine) == local, "from the disk"
+    engine.calm()
+    engine = start("deepseek", disk=tmp_path, **more)
+    assert alone(engine) == local, "in a fresh engine"
     engine.calm()

@@ -22,7 +22,14 @@ from kvbm.engines.shard import ShardDescription
 from kvbm.engines.vllm.events import VllmEvents
 from kvbm.engines.vllm.fingerprint import variant_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
-from kvbm.engines.vllm.settings import folder_of, of_replica, read_settings, warn_of_policy, warn_of_random_names
+from kvbm.engines.vllm.settings import (
+    folder_of,
+    of_replica,
+    part_of,
+    read_settings,
+    warn_of_policy,
+    warn_of_random_names,
+)
 from kvbm.errors import ConfigError
 from kvbm.types import Tier
 
@@ -62,7 +69,8 @@ class VllmScheduler:
         self._core: SchedulerCore | None = None  # made when the workers have told of their tiers
         self._groups: list[Group] = []
         self._clock = time.monotonic
-        self._steps: deque[tuple[float, int]] = deque(maxlen=_STEPS)  # under way: begin, and tokens of prompts
+        # Under way: begin, tokens of prompts, and whether anything is computed.
+        self._steps: deque[tuple[float, int, bool]] = deque(maxlen=_STEPS)
         self._reported_at = -math.inf
         self._empty_reports: frozenset[bytes] = frozenset()  # of steps in which nothing ended
         self._requests: dict[str, Any] = {}
@@ -90,6 +98,15 @@ class VllmScheduler:
                     index=index,
                     window_blocks=-(-(window - 1) // self._block_tokens) if window > 1 else 0,
                     null_slot=_NULL_SLOT,
+                    settings=part_of(
+                        self._sections,
+                        group=index,
+                        num_groups=len(self._cache.kv_cache_groups),
+                        rank=0,
+                        num_ranks=len(by_rank),
+                        is_shared=shards[0].is_shared,
+                        makes_folder=False,
+                    ),
                     backend=default_backend(),
                 )
             )
@@ -113,7 +130,7 @@ class VllmScheduler:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    def matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Count the tokens that can be loaded, and tell whether they come while the engine goes on."""
         if self._core is None:
             return 0, False
@@ -134,6 +151,8 @@ class VllmScheduler:
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Begin to load into blocks that vLLM has found."""
         self._requests[request.request_id] = request
+        if self._events is not None:
+            self._events.named(request.block_hashes, is_new=True)  # before any of them comes up from a disk
         if self._core is None or not num_external_tokens:
             return
         slots = [list(ids) for ids in blocks.get_block_ids()]
@@ -178,8 +197,9 @@ class VllmScheduler:
             num_tokens = num_computed + num_scheduled[request_id]
             if num_tokens >= self._due.get(request_id, 0):
                 self._computed(request_id, num_tokens)
-        self._steps.append((self._clock(), _prompt_tokens(output)))
-        return KvbmMetadata(encode_orders(self._core.orders()), has_pass=output.total_num_scheduled_tokens > 0)
+        has_pass = output.total_num_scheduled_tokens > 0
+        self._steps.append((self._clock(), _prompt_tokens(output), has_pass))
+        return KvbmMetadata(encode_orders(self._core.orders()), has_pass=has_pass)
 
     def _computed(self, request_id: str, num_tokens: int) -> None:
         request = self._requests.get(request_id)
@@ -196,8 +216,9 @@ class VllmScheduler:
         if self._core is None:
             return
         if self._steps:
-            (began_at, num_tokens), now = self._steps.popleft(), self._clock()
-            self._core.speed.observe(num_tokens, now - max(began_at, self._reported_at))
+            (began_at, num_tokens, has_pass), now = self._steps.popleft(), self._clock()
+            if has_pass:
+                self._core.speed.observe(num_tokens, now - max(began_at, self._reported_at))
             self._reported_at = now
         metadata = output.kv_connector_worker_meta
         if isinstance(metadata, KvbmWorkerMetadata):
@@ -262,8 +283,9 @@ class VllmScheduler:
 
 def _prompt_tokens(output: Any) -> int:
     """Count the tokens of prompts that a step computes; 0 where decoding takes most of it."""
-    numbers = output.num_scheduled_tokens.values()
+    numbers = output.num_scheduled_tokens
     if len(numbers) == output.total_num_scheduled_tokens:  # one each
         return 0
-    num_prompt = sum([number for number in numbers if number > 1])
+    drafts = getattr(output, "scheduled_spec_decode_tokens", None) or {}
+    num_prompt = sum([number for name, number in numbers.items() if number > 1 + len(drafts.get(name, ()))])
     return num_prompt if 2 * num_prompt > output.total_num_scheduled_tokens else 0

@@ -24,6 +24,22 @@ _OWN: dict[str, tuple[type, str]] = {
     "one_copy": (bool, "true or false"),
 }
 _LOADS = ("async", "sync")
+_SHARED = ("size", "write_budget")  # bytes of the whole engine
+_REFUSED = {
+    "host.offload_policy": "vLLM's blocks all go to host memory; offload.policy says which go on from there",
+    "disk.allocator": "a disk tier takes no memory for its blocks",
+    "remote.allocator": "a store takes no memory for its blocks",
+    "offload.min_priority": "vLLM's blocks have no priorities",
+    "offload.pin_share": "nothing is pinned",
+    "offload.prefetch_blocks": "nothing is prefetched",
+    "runtime.worker_id": "vLLM's events have no place for it",
+    "runtime.rank": "vLLM says it",
+    "runtime.num_ranks": "vLLM says it",
+    "runtime.backend": "the environment variable KVBM_BACKEND says it",
+    "runtime.onboard_timeout_s": "load_timeout_s, beside the sections, says it",
+    "runtime.close_timeout_s": "it is always 10 s",
+    "runtime.small_copy": "vLLM's scheduler copies nothing itself",
+}  # of our configuration, what has no meaning here, and why
 
 
 def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -43,7 +59,7 @@ def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     own: dict[str, Any] = {}
     for key, value in extra.items():
         if key in _SECTIONS:
-            sections[key] = {"size": value} if isinstance(value, (str, int)) else dict(value)
+            sections[key] = _section(key, value)
         elif key in _OWN:
             own[key] = _checked(key, value)
         elif key == "copy_thread_blocks":
@@ -51,7 +67,40 @@ def read_settings(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         else:
             known = ", ".join((*_SECTIONS, *_OWN, "copy_thread_blocks"))
             raise ConfigError(f"kv_connector_extra_config has no key {key!r}, use {known}")
+    _refuse_what_has_no_effect(sections)
     return sections, own
+
+
+def _section(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        return {"size": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"kv_connector_extra_config is no object of sections: {name} is {value!r}, give an object")
+    return dict(value)
+
+
+def _refuse_what_has_no_effect(sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse what our configuration has and a connector cannot do: no setting is passed over."""
+    where = "kv_connector_extra_config"
+    for name, section in sections.items():
+        for key, value in section.items():
+            reason = _REFUSED.get(f"{name}.{key}")
+            if reason is not None:
+                raise ConfigError(f"{where}: {name}.{key} has no effect in vLLM, leave it out: {reason}")
+            if key in ("policy", "offload_policy") and value == "priority":
+                raise ConfigError(f"{where}: {name}.{key} is 'priority', use another: vLLM's blocks have no priorities")
+    disk, remote, offload = (sections.get(name, {}) for name in ("disk", "remote", "offload"))
+    has_disk = disk.get("size") is not None or disk.get("num_blocks") is not None
+    has_remote = remote.get("url") is not None
+    if disk and not has_disk:
+        raise ConfigError(f"{where}: disk has neither size nor num_blocks: give one, or leave disk out")
+    if remote and not has_remote:
+        raise ConfigError(f"{where}: remote has no url: give it, or leave remote out")
+    if "policy" in offload and not (has_disk or has_remote):
+        raise ConfigError(
+            f"{where}: offload.policy chooses what goes from host memory to disk or remote, and there is neither: "
+            "leave it out"
+        )
 
 
 def _checked(key: str, value: Any) -> Any:
@@ -138,27 +187,37 @@ def warn_of_random_names(sections: Mapping[str, Any], algorithm: str) -> None:
 
 
 def part_of(
-    sections: Mapping[str, Any], *, group: int, num_groups: int, rank: int, num_ranks: int, is_shared: bool = False
+    sections: Mapping[str, Any],
+    *,
+    group: int,
+    num_groups: int,
+    rank: int,
+    num_ranks: int,
+    is_shared: bool = False,
+    makes_folder: bool = True,
 ) -> dict[str, Any]:
     """Give the settings of one group of layers in one rank.
 
     Parameters
     ----------
     sections : mapping
-        Sizes in bytes are of all groups and ranks together; numbers of blocks are of each.
+        Sizes and the write budget are of all groups and ranks together; numbers of blocks are of each.
     group, num_groups, rank, num_ranks : int
     is_shared : bool
         The ranks share one copy: it has the room of all.
+    makes_folder : bool
+        For whoever opens the disk tier.
     """
     mine = {name: dict(section) for name, section in sections.items()}
     for section in mine.values():
-        if "size" in section:
-            num_parts = num_groups * (1 if is_shared else num_ranks)
-            section["size"] = max(1, parse_size(section["size"]) // num_parts)
+        for key in _SHARED:
+            if key in section and (nbytes := parse_size(section[key])):  # 0 is no budget at all
+                section[key] = max(1, nbytes // (num_groups * (1 if is_shared else num_ranks)))
     mine.setdefault("runtime", {}).update({"rank": rank, "num_ranks": num_ranks})
     if "path" in mine.get("disk", {}):
         folder = folder_of(mine["disk"]["path"], group)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if makes_folder:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         mine["disk"]["path"] = str(folder)
     return mine
 
