@@ -138,7 +138,7 @@ class ForeignTier:
         self._clock = clock
         self._out: dict[int, _Out] = {}
         self._in: dict[int, _In] = {}
-        self._saving: dict[bytes, None] = {}  # names on their way into the pool
+        self._saving: dict[bytes, _In] = {}  # names on their way into the pool
 
     # -- from the pool -----------------------------------------------------------------------------------------
 
@@ -327,7 +327,7 @@ class ForeignTier:
             timeout_s=timeout_s,
         )
         self._in[job.job_id] = load
-        self._saving.update(dict.fromkeys(load.keys))
+        self._saving.update(dict.fromkeys(load.keys, load))
         load.errand.num_open += 1
         load.errand.transfer.job_ids.append(job.job_id)
         self._statistics.route(job.source, job.destination).in_flight += len(slots)
@@ -336,7 +336,8 @@ class ForeignTier:
     def _settle_in(self, entry: OpenJob) -> Iterable[After]:
         load = self._in.pop(entry.job.job_id)
         for key in load.keys:
-            del self._saving[key]
+            if self._saving.get(key) is load:
+                del self._saving[key]
         ok = entry.ok
         num_good = int(np.count_nonzero(ok))
         self._count(entry, self.tier, self._pool.tier, len(ok), num_good)
@@ -359,6 +360,7 @@ class ForeignTier:
         """Let nothing of what is on its way into the pool be registered there, under the lock."""
         for load in self._in.values():
             load.is_unwanted = True
+        self._saving.clear()  # it may be saved anew meanwhile
 
     # -- both --------------------------------------------------------------------------------------------------
 

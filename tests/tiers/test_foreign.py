@@ -64,6 +64,21 @@ def test_blocks_that_only_the_disk_has_come_back_too(site: ForeignSite) -> None:
     site.calm()
 
 
+def test_what_is_forgotten_on_its_way_may_be_saved_again_at_once(site: ForeignSite) -> None:
+    chain = names(4)
+    first = site.save(chain, slots_of(0, 1, 2, 3), is_stepped=False)
+    assert site.planner.forgetter.forget_all()
+    assert not site.foreign.is_saving(chain).any()
+    again = site.save(chain, slots_of(4, 5, 6, 7), is_stepped=False)
+    assert site.foreign.is_saving(chain).all()
+    site.step_all()
+    assert first.result(0).tolist() == [False] * 4
+    assert again.result(0).tolist() == [True] * 4
+    assert not site.foreign.is_saving(chain).any()
+    assert (site.pools[0].lookup(chain) >= 0).all()
+    site.calm()
+
+
 def test_what_is_there_or_on_its_way_is_not_copied_again(site: ForeignSite) -> None:
     chain = names(4)
     first = site.save(chain, slots_of(0, 1, 2, 3), is_stepped=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_site import Engine, needs_vllm, prompt_of
+from vllm_site import Engine, keep_the_prefix_cache, needs_vllm, prompt_of
 
 pytestmark = needs_vllm
 Start = Callable[..., Engine]
@@ -19,6 +19,7 @@ def test_two_ranks_with_mla_keep_one_copy_and_write_what_a_local_hit_does(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request at a time: in bfloat16 the text depends on which requests share a step."""
+    keep_the_prefix_cache(monkeypatch)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one NUMA node has room for two ranks only so
     engine = start("deepseek", disk=tmp_path, **TWO)
     for group in engine.half._groups:

@@ -49,20 +49,25 @@ def test_llama_writes_the_same_from_every_tier_and_after_a_restart(
     engine.calm()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("llama", marks=pytest.mark.vllm_smoke), "gemma3"])
-def test_requests_that_are_preempted_write_the_same(start: Start, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_blocks", "num_tokens"),
+    [pytest.param("llama", 45, 120, marks=pytest.mark.vllm_smoke), ("gemma3", 50, 200)],
+)
+def test_requests_that_are_preempted_write_the_same(
+    start: Start, tmp_path: Path, kind: str, num_blocks: int, num_tokens: int
+) -> None:
     prompts = [prompt_of(10 + seed, 500) for seed in range(6)]
-    expected, _ = start(kind, has_connector=False).generate(prompts, 120)
-    engine = start(kind, disk=tmp_path, num_gpu_blocks_override=45, max_model_len=1024)
+    expected, _ = start(kind, has_connector=False).generate(prompts, num_tokens)
+    engine = start(kind, disk=tmp_path, num_gpu_blocks_override=num_blocks, max_model_len=1024)
     preempted = []
     core = engine.half._core
     engine.half._core.preempted = lambda request_id: (
         preempted.append(request_id) or type(core).preempted(core, request_id)
     )
-    assert engine.generate(prompts, 120)[0] == expected
+    assert engine.generate(prompts, num_tokens)[0] == expected
     assert preempted, "the engine's memory was large enough"
     engine.forget()
-    assert engine.generate(prompts, 120)[0] == expected
+    assert engine.generate(prompts, num_tokens)[0] == expected
     engine.calm()
 
 
@@ -73,6 +78,33 @@ def test_a_prompt_in_chunks_writes_the_same(start: Start, kind: str) -> None:
     assert engine.generate(PROMPTS)[0] == expected
     engine.forget()
     assert engine.generate(PROMPTS) == (expected, whole_blocks(64))
+    engine.calm()
+
+
+def test_an_engine_that_sleeps_amid_requests_goes_on_with_the_same_text(start: Start) -> None:
+    """As far as it can on a CPU: requests stop and go on, at level 1 without their blocks; no memory goes away."""
+    from vllm import SamplingParams
+
+    engine = start()
+    expected, _ = engine.generate(PROMPTS, 40)
+    greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    core = engine.llm.llm_engine
+    for level in (0, 1):
+        engine.forget()
+        for index, prompt in enumerate(PROMPTS):
+            core.add_request(f"{level}-{index}", {"prompt_token_ids": prompt}, greedy)
+        written: dict[str, tuple[int, ...]] = {}
+        while len(written) < len(PROMPTS):  # vLLM does not sleep at level 1 while requests wait for loads
+            written |= {out.request_id: tuple(out.outputs[0].token_ids) for out in core.step()}
+        assert max(map(len, written.values())) < 40
+        engine.llm.sleep(level=level, mode="keep")
+        assert core.is_sleeping()
+        assert engine.llm.wake_up(["scheduling"] if level == 0 else None)
+        while core.has_unfinished_requests():
+            written |= {out.request_id: tuple(out.outputs[0].token_ids) for out in core.step()}
+        assert [written[f"{level}-{index}"] for index in range(len(PROMPTS))] == expected
+    engine.forget()
+    assert engine.generate(PROMPTS, 40)[0] == expected
     engine.calm()
 
 
@@ -142,4 +174,17 @@ def test_deepseek_writes_what_a_hit_in_the_engines_own_cache_does(
     engine.calm()
     engine = start("deepseek", disk=tmp_path, **more)
     assert alone(engine) == local, "in a fresh engine"
+    engine.calm()
+
+
+def test_nothing_is_loaded_where_a_hit_would_change_the_text(start: Start, tmp_path: Path) -> None:
+    """MLA on a CPU without AMX: vLLM turns its own prefix cache off there."""
+    prompts = [prompt_of(60, 300), prompt_of(61, 500)]
+    cold = [start("deepseek", has_connector=False).generate([prompt]) for prompt in prompts]
+    engine = start("deepseek", disk=tmp_path)
+    if engine.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+        pytest.skip("this CPU has AMX: a hit changes no text here")
+    for _ in range(2):
+        assert [engine.generate([prompt]) for prompt in prompts] == cold
+    assert all(pool.status().inactive == 0 for pool in engine.pools)
     engine.calm()

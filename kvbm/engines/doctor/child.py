@@ -99,6 +99,8 @@ def findings_of(end: ChildEnd, *, what: str, timeout_s: float) -> list[Finding]:
     """
     report = end.report
     found = [_of_end(end, what, timeout_s)]
+    advice = "serve this model without the connector here"
+    found += [Finding("hits", State.WARNING, text, advice) for text in report.warnings]
     if report.layouts:
         found.append(_of_layouts(report.layouts))
     found += {(disk["engine_name"], disk["io_mode"]): _of_disk(disk) for disk in report.disks}.values()

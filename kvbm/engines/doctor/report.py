@@ -43,6 +43,8 @@ class ChildReport:
         What was tried last.
     golden, layouts, disks : list of dict
         A `GoldenResult`, the facts of a group's layout, and those of a disk storage, each.
+    warnings : list of str
+        What an engine would say of itself.
     error : str
         What the child was stopped by; empty where nothing did.
     is_complete : bool
@@ -53,6 +55,7 @@ class ChildReport:
     golden: list[dict[str, Any]] = field(default_factory=list)
     layouts: list[dict[str, Any]] = field(default_factory=list)
     disks: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     error: str = ""
     is_complete: bool = False
 
@@ -68,7 +71,7 @@ class ChildReport:
                 continue
             if kind in ("stage", "error"):
                 setattr(report, kind, value)
-            elif kind in ("golden", "layouts", "disks"):
+            elif kind in ("golden", "layouts", "disks", "warnings"):
                 getattr(report, kind).append(value)
             elif kind == "end":
                 report.is_complete = True

@@ -49,12 +49,15 @@ def _examine(request: dict[str, Any], writer: ReportWriter) -> None:
     from vllm.config import KVTransferConfig
 
     from kvbm.engines.vllm.doctor_connector import examine_worker
+    from kvbm.engines.vllm.settings import hits_change_text
 
     writer.begin("starting the engine")
     transfer = {**request["transfer"], "kv_connector": "DoctorConnector", "kv_connector_module_path": _MODULE}
     arguments = {name: value for name, value in request["engine"].items() if name not in _SIZES}
     arguments = {"enforce_eager": True, "skip_tokenizer_init": True, **arguments, **_FEW}
     llm = LLM(model=request["model"], kv_transfer_config=KVTransferConfig(**transfer), **arguments)
+    if hits_change_text(llm.llm_engine.vllm_config):
+        writer.write("warnings", "vLLM turned its prefix cache off: a text behind a hit is another one; none is loaded")
     writer.begin("golden blocks from the engine's memory to the tiers and back")
     for answer in llm.collective_rpc(examine_worker, args=(request["copy_timeout_s"],)):
         for kind, values in answer.items():

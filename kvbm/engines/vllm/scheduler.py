@@ -24,6 +24,7 @@ from kvbm.engines.vllm.fingerprint import variant_of
 from kvbm.engines.vllm.metadata import KvbmHandshake, KvbmMetadata, KvbmWorkerMetadata
 from kvbm.engines.vllm.settings import (
     folder_of,
+    hits_change_text,
     of_replica,
     part_of,
     read_settings,
@@ -66,6 +67,12 @@ class VllmScheduler:
         if len(sizes) != 1:
             raise ConfigError(f"this model's groups of layers have blocks of {sorted(sizes)} tokens, need one size")
         self._block_tokens: int = sizes.pop()
+        self._has_no_use = hits_change_text(vllm_config)
+        if self._has_no_use:
+            _log.warning(
+                "vLLM turned its prefix cache off: on this machine a text behind a hit is another one with this model; "
+                "nothing is loaded or saved"
+            )
         self._core: SchedulerCore | None = None  # made when the workers have told of their tiers
         self._groups: list[Group] = []
         self._clock = time.monotonic
@@ -132,7 +139,7 @@ class VllmScheduler:
 
     def matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Count the tokens that can be loaded, and tell whether they come while the engine goes on."""
-        if self._core is None:
+        if self._core is None or self._has_no_use:
             return 0, False
         is_first = request.request_id not in self._asked
         self._asked[request.request_id] = num_computed_tokens
@@ -203,7 +210,7 @@ class VllmScheduler:
 
     def _computed(self, request_id: str, num_tokens: int) -> None:
         request = self._requests.get(request_id)
-        if request is None or self._core is None:
+        if request is None or self._core is None or self._has_no_use:
             return
         if self._events is not None:
             self._events.named(request.block_hashes)

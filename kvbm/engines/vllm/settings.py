@@ -146,6 +146,27 @@ def need_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         )
 
 
+def hits_change_text(vllm_config: Any) -> bool:
+    """Tell whether this engine writes another text behind a hit, its own or ours.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+
+    Notes
+    -----
+    vLLM computes the first tokens of MLA models in another way than those behind cached ones on a CPU without AMX, so
+    it turns its own prefix cache off there.
+    """
+    if vllm_config.cache_config.enable_prefix_caching or not getattr(vllm_config.model_config, "use_mla", False):
+        return False
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:  # stand-ins of vLLM
+        return False
+    return bool(current_platform.is_cpu())
+
+
 def warn_of_policy(transfer_config: Any) -> None:
     """Say so where a block that cannot be loaded would end a request with an error.
 
