@@ -359,7 +359,9 @@ def main(arguments: list[str] | None = None) -> int:
     caption = (
         "ratio above 1 is better; hits are compared with cold, the others with a connector that does nothing, or none"
     )
-    Console().print(bench_table(f"vLLM {vllm.__version__}, {given.tokens} tokens", caption, rows, bars=BARS))
+    Console(width=None if sys.stdout.isatty() else 120).print(
+        bench_table(f"vLLM {vllm.__version__}, {given.tokens} tokens", caption, rows, bars=BARS)
+    )
     about = {"machine": describe_machine(), "vllm": vllm.__version__, "tokens": given.tokens}
     write_json_file(given.json, {**about, "rows": rows})
     return 0

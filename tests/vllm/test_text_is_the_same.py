@@ -99,7 +99,8 @@ def test_an_engine_that_sleeps_amid_requests_goes_on_with_the_same_text(start: S
         assert max(map(len, written.values())) < 40
         engine.llm.sleep(level=level, mode="keep")
         assert core.is_sleeping()
-        assert engine.llm.wake_up(["scheduling"] if level == 0 else None)
+        engine.llm.wake_up(["scheduling"] if level == 0 else None)
+        assert not core.is_sleeping()
         while core.has_unfinished_requests():
             written |= {out.request_id: tuple(out.outputs[0].token_ids) for out in core.step()}
         assert [written[f"{level}-{index}"] for index in range(len(PROMPTS))] == expected
