@@ -118,6 +118,16 @@ def test_a_child_that_dies_is_a_row_with_its_last_words(tmp_path: Path) -> None:
     assert row.advice == "too little memory?"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python takes what lies in the folder where it is started")
+def test_a_child_runs_the_same_kvbm_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kvbm").mkdir()
+    (tmp_path / "kvbm" / "__init__.py").write_text("raise RuntimeError('a source tree')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    command = (sys.executable, "-m", "kvbm.engines.doctor.stand_in")
+    assert "a source tree" not in run_child(command, {}, folder=tmp_path, timeout_s=60.0).words
+
+
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     lines = ['{"stage": "opening"}', '{"error": "ConfigError: no room"}']
     (row,) = child(f"open(ask['report'], 'w').write('\\n'.join({lines!r}))\nsys.exit(1)", tmp_path)

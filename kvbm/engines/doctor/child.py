@@ -66,6 +66,8 @@ def run_child(command: Sequence[str], request: Mapping[str, Any], *, folder: Pat
     report, words, asked = folder / "report.jsonl", folder / "words.txt", folder / "request.json"
     asked.write_text(json.dumps({**request, "report": str(report)}), encoding="utf-8")
     environment = {**ENVIRONMENT, **os.environ}
+    if not {"", str(Path.cwd())} & set(sys.path):  # -m would take a source tree here for the kvbm that is installed
+        environment["PYTHONSAFEPATH"] = "1"
     with words.open("wb") as output:
         process = subprocess.Popen(
             [*command, str(asked)],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+import kvbm
 from kvbm._backend import default_backend
 from kvbm.engines.counts import Counts, Data, read_shards
 from kvbm.engines.shard import Shard
@@ -61,6 +63,9 @@ class VllmWorker:
     def register(self, kv_caches: dict[str, Any]) -> None:
         """Take the engine's tensors over, by their strides, and open the tiers below."""
         backend = default_backend()
+        if backend.name == "pure":
+            folder = Path(kvbm.__file__).parent
+            _log.warning("copies are slower than they could be, the pure twin runs from %s: %s", folder, backend.reason)
         num_blocks = getattr(self._cache, "num_blocks", None)
         for index, group in enumerate(self._cache.kv_cache_groups):
             layers, numbers = layers_of(group.layer_names, kv_caches, num_blocks)
