@@ -20,6 +20,7 @@ SHAPES = (
 @pytest.mark.parametrize("loads", ["async", "sync"])
 def test_schedules_end_well_over_the_real_base_classes(loads: str) -> None:
     need_feature("named failures")
+    need_feature("hit sources")
     num_loaded = 0
     with kvbm_connector(default_backend()):
         for seed in range(25):
