@@ -117,8 +117,8 @@ class Presence:
         names, now = hashes[: self._limits.probe_blocks], self._clock()
         if self.is_away:
             return False
-        absent = [self._absent.get(key, -np.inf) > now for key in keys_of(names)]
-        return bool(((self.pool.lookup(names) < 0) & ~np.array(absent, dtype=np.bool_)).any())
+        unknown = names[self.pool.lookup(names) < 0]
+        return any(not self._is_absent(key, now) for key in keys_of(unknown))
 
     def answered(self, results: Iterable[JobResult]) -> None:
         """Look at answers to a job of the tier: one that says it is out of reach has it left alone for a while."""
@@ -226,7 +226,7 @@ class Presence:
             elif now >= wish.until:
                 continue
             for key, i in zip(keys, unknown.tolist(), strict=True):
-                if wish.then is not None or self._absent.get(key, -np.inf) <= now:
+                if wish.then is not None or not self._is_absent(key, now):
                     found.setdefault(key, (wish.hashes[i], wish.parents[i]))
         if len(found) < max_blocks:
             old = self._known.take_old(max_blocks - len(found))
@@ -311,6 +311,10 @@ class Presence:
         if is_row.any():
             with contextlib.suppress(PoolClosed):
                 self.pool.reset_blocks(hashes[is_row])
+
+    def _is_absent(self, key: bytes, now: float) -> bool:
+        """Tell whether a block was not there a short while ago."""
+        return self._absent.get(key, -np.inf) > now
 
     def _note_absent(self, hashes: HashArray) -> None:
         until = self._clock() + self._limits.absent_s

@@ -49,15 +49,12 @@ class EventNames:
             Look at all of them; else at those behind the last one that is known.
         """
         for digest in reversed(digests):
-            key = int.from_bytes(digest[-8:], "big")
-            if key in self._digests:
-                if not is_new:
-                    break
-            elif key in self._spare:
-                if not is_new:
-                    break
+            key = key_of(digest)
+            if not is_new and (key in self._digests or key in self._spare):
+                break
+            if key in self._spare:
                 self._spare.move_to_end(key)
-            else:
+            elif key not in self._digests:
                 self._spare[key] = bytes(digest)
                 for pool, slots in enumerate(self._unnamed):
                     if slots and (slot := slots.pop(key, -1)) >= 0:
