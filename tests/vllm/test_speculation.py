@@ -35,7 +35,12 @@ def write(engine: Engine, prompts: list[Tokens], num_tokens: int = NUM_WRITTEN) 
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, allowed_token_ids=FEW)
-    outs = engine.llm.generate([{"prompt_token_ids": one} for one in prompts], greedy, use_tqdm=False)
+    try:
+        outs = engine.llm.generate([{"prompt_token_ids": one} for one in prompts], greedy, use_tqdm=False)
+    except TypeError as error:  # in vLLM 0.30, with the first guess, wherever Triton is not
+        if "Cannot inspect kernel parameters" not in str(error):
+            raise
+        pytest.skip(f"this vLLM does not drop wrong guesses on a CPU: {error}")
     return [tuple(out.outputs[0].token_ids) for out in outs], [out.num_cached_tokens for out in outs]
 
 
