@@ -199,7 +199,7 @@ def _join(
             config,
             tier,
             num_blocks=storage.num_blocks,
-            slot_nbytes=getattr(storage, "slot_nbytes", storage.layout.block_nbytes),
+            slot_nbytes=storage.slot_nbytes,
             given=offload_policy if index == 0 else None,
         )
         for index, (tier, storage) in enumerate(list(storages.items())[1:])

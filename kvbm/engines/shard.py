@@ -266,10 +266,7 @@ class Shard:
             recording=[tier.value for tier in self._recording()],
             keyed=[tier.value for tier, storage in below.items() if storage.capabilities.is_keyed],
             inventories={},
-            slot_nbytes={
-                tier.value: getattr(storage, "slot_nbytes", storage.layout.block_nbytes)
-                for tier, storage in below.items()
-            },
+            slot_nbytes={tier.value: storage.slot_nbytes for tier, storage in below.items()},
             is_shared=self._leading is not None,
         )
 

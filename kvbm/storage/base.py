@@ -47,6 +47,8 @@ class Storage(ABC):
     Attributes
     ----------
     layout : BlockLayout
+    slot_nbytes : int
+        Bytes that one block occupies, block_nbytes or more; they count where a device wears.
     checksums : (num_blocks,) uint64
         What `transfer` computed when it wrote a slot; nobody fills them where `keeps_checksums` is False.
     has_checksum : (num_blocks,) bool
@@ -58,6 +60,7 @@ class Storage(ABC):
 
     def __init__(self, layout: BlockLayout) -> None:
         self.layout = layout
+        self.slot_nbytes = layout.block_nbytes
         self.checksums = np.zeros(layout.num_blocks, dtype=np.uint64)
         self.has_checksum = np.zeros(layout.num_blocks, dtype=np.bool_)
         self._is_closed = False
