@@ -13,7 +13,7 @@ from kvbm.engines.requests import Request
 from kvbm.planner import PlannerSteps
 from kvbm.types import HashArray
 
-_LONGEST_S = 0.25  # that a request waits
+_LONGEST_S = 0.25  # that a request waits, and that a store may take to answer before nobody waits for it any more
 _SHARE = 0.03  # of the time of computing what it misses
 
 
@@ -25,20 +25,30 @@ class StoreQuestions:
     groups : sequence of Group
     pumps : sequence of PlannerSteps
         Of their planners.
+    waits_always : bool
+        As long as may be, however short computing is.
     clock : callable
         Gives seconds; monotonic.
     """
 
-    def __init__(self, groups: Sequence[Group], pumps: Sequence[PlannerSteps], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        pumps: Sequence[PlannerSteps],
+        *,
+        waits_always: bool = False,
+        clock: Callable[[], float],
+    ) -> None:
         self._stores = [
             (presence, pump) for group, pump in zip(groups, pumps, strict=True) for presence in group.planner.presences
         ]
+        self._waits_always = waits_always
         self._clock = clock
 
-    def is_waiting(
+    def ask(
         self, request: Request, names: HashArray, num_there: int, *, computing_s: float | None, step_s: float
-    ) -> bool:
-        """Ask, the first time; tell whether the answer is worth waiting for, still.
+    ) -> None:
+        """Ask, the first time.
 
         Parameters
         ----------
@@ -48,18 +58,27 @@ class StoreQuestions:
         num_there : int
             Leading ones that the engine has, or that lie in some tier.
         computing_s : float, optional
-            Seconds that computing the others takes; None while that is not known.
+            Seconds that computing the others takes; None while that is not known, and then nobody waits.
         step_s : float
             Seconds until the engine asks again.
         """
-        if not self._stores or num_there >= len(names):
-            return False
+        if not self._stores or request.asks_until is not None or num_there >= len(names):
+            return
+        wait_s = _LONGEST_S if self._waits_always else min(_LONGEST_S, _SHARE * (computing_s or 0.0))
+        request.asks_until = self._clock() + (wait_s if step_s <= wait_s else 0.0)
+        for presence, pump in self._stores:
+            if presence.has_unknown(names[num_there:]):
+                request.wishes.append((presence, presence.want(names, num_there)))
+                pump.wake()
+
+    def is_waiting(self, request: Request) -> bool:
+        """Tell whether the answer to what was asked for a request is worth waiting for, still."""
         now = self._clock()
-        if request.asks_until is None:
-            wait_s = _LONGEST_S if computing_s is None else min(_LONGEST_S, _SHARE * computing_s)
-            request.asks_until = now + wait_s if step_s <= wait_s else now
-            for presence, pump in self._stores:
-                if presence.has_unknown(names[num_there:]):
-                    presence.want(names, num_there)
-                    pump.wake()
-        return now < request.asks_until and any(presence.is_asking for presence, _ in self._stores)
+        if request.asks_until is None or now >= request.asks_until:
+            return False
+        return any(
+            wish.is_open
+            and not presence.is_away
+            and (presence.asked_at is None or now - presence.asked_at < _LONGEST_S)  # whoever asked: it may hang
+            for presence, wish in request.wishes
+        )

@@ -16,6 +16,7 @@ from kvbm.engines.groups import Group
 from kvbm.errors import BlockStateError
 from kvbm.jobs import Transfer
 from kvbm.planner import EngineCopy
+from kvbm.planner.presence import Presence, Wish
 from kvbm.types import HashArray, IdArray, Tier
 
 
@@ -134,6 +135,8 @@ class Request:
         What was said of it last.
     asks_until : float, optional
         Moment until which it waits for what a store says of its blocks, once that was asked.
+    wishes : list of (Presence, Wish)
+        Stores, and what each was asked for.
     sources : dict of Tier to int
         Tokens of the load by the tier that they lay in.
     lowest : Tier, optional
@@ -166,6 +169,7 @@ class Request:
     saves: list[tuple[int, EngineCopy]] = field(default_factory=list)
     answer: Answer | None = None
     asks_until: float | None = None
+    wishes: list[tuple[Presence, Wish]] = field(default_factory=list)
     sources: dict[Tier, int] = field(default_factory=dict)
     lowest: Tier | None = None
     began_at: float = 0.0

@@ -80,7 +80,6 @@ class SchedulerCore:
         self._block_tokens = block_tokens
         self._allow_weak_hashes = allow_weak_hashes
         self._loads_in_step = loads_in_step and len(self._groups) == 1  # of several, lost blocks cannot be named there
-        self._loads_always = loads_always
         self._clock = clock
         top = self._groups[0].planner.pools[0].tier
         self._judge = LoadJudge(top=top, timeout_s=timeout_s, loads_always=loads_always, clock=clock)
@@ -102,7 +101,7 @@ class SchedulerCore:
             clock=clock,
         )
         self._pumps = [PlannerSteps(group.planner, clock=clock) for group in self._groups]
-        self._questions = StoreQuestions(self._groups, self._pumps, clock=clock)
+        self._questions = StoreQuestions(self._groups, self._pumps, waits_always=loads_always, clock=clock)
         self._has_pumped = False  # since the last step
         self._forgets_until = 0.0
         self._requests: dict[str, Request] = {}
@@ -124,7 +123,7 @@ class SchedulerCore:
         digests : sequence of bytes
             Of the request's full blocks, in order.
         num_tokens : int
-            Of the request; at least one of them is left to compute.
+            Of the request; at least one of them is left to compute. 0: nothing may be loaded.
         num_computed_tokens : int
             That the engine has itself; whole blocks, or nothing is loaded.
         variant : int
@@ -142,6 +141,8 @@ class SchedulerCore:
         request.take_back(digests)
         if request.has_failed or num_computed_tokens % self._block_tokens or num_tokens < 1:
             return 0, False
+        if self._questions.is_waiting(request):
+            return None, False
         now, answer = self._clock(), request.answer
         if answer is not None and answer.num_computed_tokens == num_computed_tokens and now < answer.until:
             return answer.num_tokens, answer.num_tokens > 0 and not answer.is_sync
@@ -157,8 +158,9 @@ class SchedulerCore:
         waits = not self._loads_in_step and any(one.state is RequestState.RUNNING for one in others)
         least_s = self.speed.step_s if waits else 0.0  # others' step ends before anybody hears of a load
         choice = self._chooser.choose(request_id, names, num_computed, most, least_s=least_s)
-        computing_s = None if self._loads_always else self.speed.seconds((most - choice.num_there) * self._block_tokens)
-        if self._questions.is_waiting(request, names[:most], choice.num_there, computing_s=computing_s, step_s=least_s):
+        computing_s = self.speed.seconds((most - choice.num_there) * self._block_tokens)
+        self._questions.ask(request, names[:most], choice.num_there, computing_s=computing_s, step_s=least_s)
+        if self._questions.is_waiting(request):
             return None, False
         num_found = (choice.num_blocks - num_computed) * self._block_tokens
         is_sync = self._loads_in_step and choice.is_on_top
@@ -309,7 +311,7 @@ class SchedulerCore:
         self._forgets_until = self._clock() + _FORGET_S
         for request in self._requests.values():
             request.answer = None
-            request.is_stale = request.state is RequestState.RUNNING
+            request.is_stale = request.state in (RequestState.LOADING, RequestState.RUNNING)
         return True
 
     @property

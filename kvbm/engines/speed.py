@@ -29,7 +29,8 @@ class PrefillSpeed:
     Attributes
     ----------
     tokens_per_s : float or None
-        Of prompts; None until a step has shown it.
+        Of prompts; None until a step has shown it. Until a long one has, at least so much: a short step's own cost is
+        in it.
     step_s : float
         That a step takes.
     """
@@ -37,6 +38,7 @@ class PrefillSpeed:
     def __init__(self) -> None:
         self.tokens_per_s: float | None = None
         self.step_s = 0.0
+        self._is_shown = False  # by a long step
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Note a step that computed so many tokens of prompts."""
@@ -44,7 +46,10 @@ class PrefillSpeed:
             return
         self.step_s = _fade(self.step_s or None, seconds)
         if num_tokens >= _FEW_TOKENS:
-            self.tokens_per_s = _fade(self.tokens_per_s, num_tokens / seconds)
+            self.tokens_per_s = _fade(self.tokens_per_s if self._is_shown else None, num_tokens / seconds)
+            self._is_shown = True
+        elif num_tokens and not self._is_shown:
+            self.tokens_per_s = max(self.tokens_per_s or 0.0, num_tokens / seconds)
 
     def seconds(self, num_tokens: int) -> float | None:
         """Predict how long computing so many tokens takes; None while nothing is known."""

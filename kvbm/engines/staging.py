@@ -15,7 +15,7 @@ from kvbm.engines.requests import Part, Request, RequestState
 from kvbm.errors import NotEnoughBlocksAvailable
 from kvbm.jobs import Transfer
 from kvbm.planner import EngineCopy, Hit
-from kvbm.types import HashArray, IdArray
+from kvbm.types import HashArray, IdArray, Tier
 
 _log = logging.getLogger("kvbm.engines")
 
@@ -56,7 +56,7 @@ class Stager:
         """Begin to load blocks `first` to `last` of a request into an engine's slots; see `SchedulerCore.allocated`."""
         request.go(RequestState.STAGING)
         names = request.digests.names
-        request.parts, request.sources = [], {}
+        request.parts, request.sources, request.lowest = [], {}, None
         request.num_loading = (last - first) * self._block_tokens
         request.timeout_s = self._timeout_of(request.num_loading)
         self._history.allocated(request.request_id, first=first, last=last)
@@ -95,12 +95,13 @@ class Stager:
 
     def _stage(self, request: Request, group: Group, names: HashArray) -> Transfer[ImmutableBlocks]:
         """Bring what still is there of a prefix to the host tier."""
-        hit = group.planner.match(names)
+        hit = group.planner.match(names, asks=False)  # that was done when the engine asked
         self._history.staged(request.request_id, hit.tiers)
         if request.is_sync:  # nobody waits in a step
             hit.truncate(self._num_on_top(group, hit))
         found = [pool.tier for pool in group.planner.pools if pool.tier.value in hit.tiers]
-        request.lowest = found[-1] if found else request.lowest
+        lowest = [*found[-1:], *([] if request.lowest is None else [request.lowest])]
+        request.lowest = max(lowest, key=list(Tier).index, default=None)  # of all groups
         if len(hit) * self._block_tokens > sum(request.sources.values()):  # of the group that needs most
             request.sources = {tier: hit.tiers[tier.value] * self._block_tokens for tier in found}
         try:

@@ -54,7 +54,7 @@ class Forgetter:
         self._waiting: set[Tier] = set()  # tiers to be told once nothing moves there
 
     def can_forget(self) -> bool:
-        """Whether nobody waits for blocks: those that are being loaded cannot be forgotten.
+        """Whether no request waits for blocks: those that are being loaded for one cannot be forgotten.
 
         Raises
         ------
@@ -64,7 +64,8 @@ class Forgetter:
         for pool in self._pools:
             self._pins.refuse_reset(pool)
         with self._dispatcher.locked():
-            return not self._loader.loading() and (self._foreign is None or not self._foreign.is_loading)
+            is_waited_for = any(not (one.is_background or one.is_over) for one in self._loader.loading())
+            return not is_waited_for and (self._foreign is None or not self._foreign.is_loading)
 
     def forget_all(self) -> bool:
         """Forget every block of every tier; return whether it was done, see `can_forget`.
@@ -74,7 +75,9 @@ class Forgetter:
         """
         if not self.can_forget():
             return False
+        self._loader.stop_prefetches()
         with self._dispatcher.locked():
+            self._loader.forget_all()
             if self._foreign is not None:
                 self._foreign.forget_all()
             for route in self._routes:

@@ -304,6 +304,18 @@ class Loader:
         found.update({id(staging): staging for staging, _ in self._stagings.values()})
         return list(found.values())
 
+    def stop_prefetches(self) -> None:
+        """Take back what nobody waits for, as far as nobody has begun it; without the lock."""
+        with self._dispatcher.locked():
+            prefetches = [staging.prefetch for staging, _ in self._stagings.values()]
+        for prefetch in prefetches:
+            prefetch.cancel()
+
+    def forget_all(self) -> None:
+        """Let nothing arrive that is on its way, under the lock."""
+        for onboarder in self._both:
+            onboarder.forget_all()
+
     def end_all(self, error: BaseException) -> list[After]:
         """Give what ends every onboarding with this error, under the lock."""
         ends = []

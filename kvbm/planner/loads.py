@@ -47,6 +47,7 @@ class Load:
     sent_at: float
     job: CopyJob | None = None
     is_leaving: bool = False  # about to be revoked: not to be joined
+    is_forgotten: bool = False  # not to be joined, nor stored when it arrives
     joined: list[tuple[Onboarding, Places, Places]] = field(default_factory=list)  # whose, its places, indices here
 
     @property

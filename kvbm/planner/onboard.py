@@ -209,7 +209,9 @@ class Onboarder:
     def _is_in_time(self, job_id: int, onboarding: Onboarding) -> bool:
         """Whether a job has time enough for who wants to join it: an impatient request's would end too early."""
         load, now = self._loads[job_id], self._clock()
-        return not load.is_leaving and 2 * (load.owner.deadline - now) >= onboarding.deadline - now
+        return (
+            not (load.is_leaving or load.is_forgotten) and 2 * (load.owner.deadline - now) >= onboarding.deadline - now
+        )
 
     # -- what nobody waits for ---------------------------------------------------------------------------------
 
@@ -233,6 +235,14 @@ class Onboarder:
         for job in jobs:
             if (load := self._loads.get(job.job_id)) is not None:
                 load.is_leaving = False
+
+    def forget_all(self) -> None:
+        """Let nothing be stored that is on its way, and unpublish what is held here for that."""
+        for load in self._loads.values():
+            load.is_forgotten = True
+            for onboarding in load.waiting:
+                onboarding.unpublish()
+                onboarding.waiter.unpublish()
 
     def queued(self) -> dict[Tier, tuple[int, float]]:
         """Count blocks on their way that requests wait for, by source, and give when the first job was sent."""
@@ -293,7 +303,7 @@ class Onboarder:
         ok = entry.ok
         num_good = int(np.count_nonzero(ok))
         self._count(load, entry, num_good)
-        if entry.is_too_late:
+        if entry.is_too_late or load.is_forgotten:
             load.target.release()
             return self._ended(load)
         try:
@@ -338,14 +348,6 @@ class Onboarder:
         for load in self._loads.values():
             found.update((id(onboarding.waiter), onboarding.waiter) for onboarding in load.waiting)
         return list(found.values())
-
-    def expired(self, now: float) -> list[Onboarding]:
-        """Onboardings whose time is over and that were not ended yet."""
-        return [onboarding for onboarding in self.loading if onboarding.deadline <= now and not onboarding.is_over]
-
-    def next_deadline(self) -> float | None:
-        """When the time of the next onboarding is over; None without one."""
-        return min((onboarding.deadline for onboarding in self.loading if not onboarding.is_over), default=None)
 
     def _ended(self, load: Load, *, is_used: bool = False) -> list[After]:
         """Note that a job is settled; give what ends the onboardings that wait for no other."""

@@ -107,6 +107,13 @@ class Onboarding:
             blocks.release()
         self._pieces.clear()
 
+    def unpublish(self) -> None:
+        """Have nobody find the blocks that are held here."""
+        for part in self.sources:
+            part.pool.discard_blocks(part.blocks)
+        for _, blocks in self._pieces:
+            self.pool.discard_blocks(blocks)
+
     def take_pieces(self) -> tuple[Places, ImmutableBlocks | None]:
         """Take out what has arrived, as one guard, and the place of each block; None where nothing has."""
         pieces, self._pieces = self._pieces, []

@@ -191,8 +191,8 @@ class Planner:
 
     # -- requests ----------------------------------------------------------------------------------------------
 
-    def match(self, hashes: HashArray) -> Hit:
-        """Hold the longest prefix of a sequence that lies in any tier."""
+    def match(self, hashes: HashArray, *, asks: bool = True) -> Hit:
+        """Hold the longest prefix of a sequence that lies in any tier; `asks` stores for what follows, for others."""
         names = hash_array(hashes)
         hit = find_hit(self.usable_pools(), names)
         with self._counting:
@@ -201,7 +201,7 @@ class Planner:
             self._statistics.misses += len(names) - len(hit)
         if self._routes and len(hit) and self._touches.note(hit.hashes):
             self._poke()
-        if self.presences and len(hit) < len(names):
+        if asks and self.presences and len(hit) < len(names):
             for presence in self.presences:
                 presence.want(names, len(hit))
             self._poke()

@@ -3,7 +3,8 @@
 A keyed tier (an object store) has no slots. Its pool is the view: a block of it is a row that says "these bytes are
 there", the row used longest ago gives way, and forgetting a row forgets nothing below. Rows come from a listing at the
 start, from our own writes, and from probes: what a request misses is asked for in the background, in batches, one job
-at a time, so that the next request finds it. What is known to be absent is not asked for again for a while, and what is
+at a time, so that the next request finds it; a sequence is followed as long as its blocks are there. What is known to
+be absent is not asked for again for a while, and what is
 known to be there is asked for again after a longer one: others may delete it. A tier that cannot be reached is left
 alone for a while.
 """
@@ -40,15 +41,42 @@ _ROWS_AT_ONCE = 4096  # registered under the lock in one piece
 Then = Callable[[HashArray, HashArray], object]
 
 
-@dataclass(frozen=True)
-class _Wish:
-    """Blocks that somebody wants to know of."""
+@dataclass(eq=False)
+class Wish:
+    """Blocks that somebody wants to know of.
+
+    Attributes
+    ----------
+    hashes, parents : (num_blocks, 2) uint64
+        Of those that are asked for next.
+    until : float
+        Moment after which nobody wants to know.
+    then : callable, optional
+        Told once.
+    is_wanted : callable
+    rest : (num_blocks, 2) uint64, optional
+        What follows in the sequence: it is asked for as long as all before it is there.
+    is_open : bool
+        Whether an answer may still come.
+    """
 
     hashes: HashArray
-    parents: HashArray  # of each
-    until: float  # moment after which nobody does
-    then: Then | None = None  # told once
+    parents: HashArray
+    until: float
+    then: Then | None = None
     is_wanted: Callable[[], bool] = lambda: True
+    rest: HashArray | None = None
+    is_open: bool = True
+
+    def go_on(self, most: int) -> bool:
+        """Turn to what follows in the sequence, to twice as much, `most` at most; return whether there is any."""
+        if self.rest is None or not len(self.rest):
+            return False
+        size = min(2 * len(self.hashes), most)
+        above = self.hashes[-1:]
+        self.hashes, self.rest = self.rest[:size], self.rest[size:]
+        self.parents = np.concatenate([above, self.hashes[:-1]])
+        return True
 
 
 @dataclass
@@ -56,7 +84,8 @@ class _Question:
     """One job, and whom to tell what of its answer."""
 
     found: dict[bytes, tuple[HashArray, HashArray]] = field(default_factory=dict)  # hash, parent
-    wishes: list[tuple[_Wish, set[bytes]]] = field(default_factory=list)  # with what is known to be there already
+    wishes: list[tuple[Wish, set[bytes]]] = field(default_factory=list)  # with what is known to be there already
+    followed: list[Wish] = field(default_factory=list)  # that nobody is told of, and that may go on
     known: set[bytes] = field(default_factory=set)  # rows that are asked for again
 
 
@@ -89,13 +118,14 @@ class Presence:
         self._next_id = next_id
         self._submit = submit
         self._clock = clock
-        self._wanted: deque[_Wish] = deque(maxlen=_REQUESTS)  # what requests missed
-        self._asked: deque[_Wish] = deque()  # what somebody waits for; under `_choosing`
+        self._wanted: deque[Wish] = deque(maxlen=_REQUESTS)  # what requests missed
+        self._asked: deque[Wish] = deque()  # what somebody waits for; under `_choosing`
         self._known = KnownRows(pool, limits.known_s, clock)
         self._absent: OrderedDict[bytes, float] = OrderedDict()  # until when it counts as absent
         self._is_asking = False  # one question at a time
         self._choosing = threading.Lock()  # guards it
         self._away_until = -np.inf
+        self.asked_at: float | None = None  # moment when the open question was sent
 
     @property
     def tier(self) -> Tier:
@@ -106,11 +136,6 @@ class Presence:
     def is_away(self) -> bool:
         """Whether the tier could not be reached a short while ago."""
         return self._clock() < self._away_until
-
-    @property
-    def is_asking(self) -> bool:
-        """Whether a question of a request's is open, or waits for the one that is."""
-        return bool(self._wanted) or self._is_asking
 
     def has_unknown(self, hashes: HashArray) -> bool:
         """Tell whether asking for a sequence's next blocks may say something new; any thread."""
@@ -129,14 +154,21 @@ class Presence:
 
     # -- asking ------------------------------------------------------------------------------------------------
 
-    def want(self, hashes: HashArray, start: int) -> None:
+    def want(self, hashes: HashArray, start: int) -> Wish:
         """Note what a request did not find: the blocks of a sequence from `start` on; any thread, no lock."""
-        missing = hashes[start : start + self._limits.probe_blocks].copy()
-        parents = np.zeros_like(missing)
-        parents[1:] = missing[:-1]
-        if start:
-            parents[0] = hashes[start - 1]
-        self._wanted.append(_Wish(missing, parents, self._clock() + self._limits.offload_timeout_s))
+        missing, size = hashes[start:].copy(), self._limits.probe_blocks
+        above = hashes[start - 1 : start] if start else np.zeros((1, 2), dtype=np.uint64)
+        parents = np.concatenate([above, missing[: size - 1]])[: len(missing)]
+        until = self._clock() + self._limits.offload_timeout_s
+        wish = Wish(missing[:size], parents, until, rest=missing[size:])
+        self._put(wish)
+        return wish
+
+    def _put(self, wish: Wish) -> None:
+        if len(self._wanted) == _REQUESTS:
+            with contextlib.suppress(IndexError):  # another thread took it
+                self._wanted.popleft().is_open = False
+        self._wanted.append(wish)
 
     def ask(
         self, hashes: HashArray, then: Then, *, is_wanted: Callable[[], bool], until: float
@@ -167,14 +199,14 @@ class Presence:
         with self._choosing:
             room = max(0, _REQUESTS - len(self._asked))
             parts = [missing[first : first + size] for first in range(0, len(missing), size)][:room]
-            self._asked.extend(_Wish(part, np.zeros_like(part), until, then, is_wanted) for part in parts)
+            self._asked.extend(Wish(part, np.zeros_like(part), until, then, is_wanted) for part in parts)
         return parts, len(unknown) - sum([len(part) for part in parts])
 
     def next_look(self) -> float | None:
         """When to step again, if nothing happens before."""
         if self._is_asking:
             return None
-        return max(self._known.looks_at, self._away_until) if not self._asked else self._away_until
+        return self._away_until if self._asked or self._wanted else max(self._known.looks_at, self._away_until)
 
     def step(self) -> bool:
         """Ask for what is wanted and not known, one job at a time; return whether there is more to do at once."""
@@ -194,6 +226,7 @@ class Presence:
             with self._choosing:
                 self._asked.extendleft(reversed([wish for wish, _ in question.wishes]))
             self._is_asking = False
+            self._end(question)
             raise
         self._is_asking = False
         return bool(self._wanted or self._asked or self._known.is_due)
@@ -223,8 +256,11 @@ class Presence:
                     _tell(wish, known)
                     continue
                 question.wishes.append((wish, known))
-            elif now >= wish.until:
+            elif now >= wish.until or not any(not self._is_absent(key, now) for key in keys):
+                self._follow(wish, is_there=not keys and now < wish.until)
                 continue
+            else:
+                question.followed.append(wish)
             for key, i in zip(keys, unknown.tolist(), strict=True):
                 if wish.then is not None or not self._is_absent(key, now):
                     found.setdefault(key, (wish.hashes[i], wish.parents[i]))
@@ -235,7 +271,19 @@ class Presence:
             for key, name in zip(keys_of(old), old, strict=True):
                 found[key] = name, zeros
 
-    def _next_wish(self) -> _Wish | None:
+    def _follow(self, wish: Wish, *, is_there: bool) -> None:
+        """Turn to what follows in a sequence whose blocks are all there; otherwise its wish is answered."""
+        if is_there and wish.go_on(self._limits.job_blocks * _WISHES_AT_ONCE):
+            self._put(wish)
+        else:
+            wish.is_open = False
+
+    def _end(self, question: _Question) -> None:
+        """Note that a question is answered, or was not sent; what was learnt of it is registered."""
+        for wish in question.followed:
+            self._follow(wish, is_there=bool((self.pool.lookup(wish.hashes) >= 0).all()))
+
+    def _next_wish(self) -> Wish | None:
         with self._choosing:
             if self._asked:
                 return self._asked.popleft()
@@ -245,9 +293,10 @@ class Presence:
         names, above = (np.array(column, dtype=np.uint64) for column in zip(*question.found.values(), strict=True))
 
         def settle(entry: OpenJob) -> Iterable[After]:
-            self._is_asking = False
+            self._is_asking, self.asked_at = False, None
             is_away = any(result.is_away for result in entry.results.values())
             if is_away and not entry.is_too_late:  # it is asked again, as long as somebody wants to know
+                self._end(question)
                 with self._choosing:
                     self._asked.extendleft(reversed([wish for wish, _ in question.wishes]))
                 return ()
@@ -258,8 +307,10 @@ class Presence:
                     self._forget(names[~entry.ok], question.known)
                 self.learn(names[entry.ok], above[entry.ok])
                 stored = set(keys_of(names[entry.ok]))
+            self._end(question)
             return [partial(_tell, wish, known | stored) for wish, known in question.wishes]
 
+        self.asked_at = self._clock()
         job = ProbeJob(job_id=self._next_id(), tier=self.tier, ids=np.zeros(len(names), dtype=np.int32), hashes=names)
         self._submit([(job, settle)])
 
@@ -325,7 +376,7 @@ class Presence:
             self._absent.popitem(last=False)
 
 
-def _tell(wish: _Wish, there: set[bytes]) -> None:
+def _tell(wish: Wish, there: set[bytes]) -> None:
     if wish.then is not None:
         is_there = np.array([key in there for key in keys_of(wish.hashes)], dtype=np.bool_)
         with contextlib.suppress(PoolClosed):  # nobody waits for it any more

@@ -24,7 +24,13 @@ SHAPES = st.builds(
     num_asks=st.sampled_from([1, 3]),
 )
 SHARES = {"pure": 0.25, "native": 0.75}  # of the schedules: the native twin is the faster one
-TIERS = st.fixed_dictionaries({"num_host": st.sampled_from([6, 3, 12]), "num_disk": st.sampled_from([10, 0, 20])})
+TIERS = st.fixed_dictionaries(
+    {
+        "num_host": st.sampled_from([6, 3, 12]),
+        "num_disk": st.sampled_from([10, 0, 20]),
+        "tokens_per_s": st.sampled_from([None, None, 2.0, 50.0, 1e6]),  # loading pays, now and then, hardly ever
+    }
+)
 
 
 def run_schedules(

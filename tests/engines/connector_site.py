@@ -12,7 +12,8 @@ from unittest import mock
 import numpy as np
 
 from kvbm._backend import Backend
-from kvbm.engines import arrange, shard, worker
+from kvbm.engines import arrange, judge, shard, worker
+from kvbm.engines.speed import PrefillSpeed
 from kvbm.jobs import CopyJob, Outcome
 from kvbm.layout import BlockLayout
 from kvbm.planner import Planner, emit
@@ -23,6 +24,7 @@ from kvbm.testing.faults import FaultPlan, FaultyStorage
 from kvbm.types import Tier
 
 _GARBAGE = 0x77
+_STEP_S = 0.01
 _make_storages = shard.make_storages
 
 
@@ -47,6 +49,13 @@ class Stepping:
         pass
 
 
+class FixedSpeed(PrefillSpeed):
+    """A speed that the steps of an engine without a model do not change."""
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        self.step_s = _STEP_S
+
+
 class KvbmSchedules(ConnectorSchedules):
     """Schedules on `KvbmConnector`, within `kvbm_connector`.
 
@@ -56,6 +65,9 @@ class KvbmSchedules(ConnectorSchedules):
     num_host, num_disk : int
         Blocks of the tiers, for each group and rank.
     loads : {'async', 'sync'}
+    tokens_per_s : float, optional
+        What the connector takes for the speed of computing, so that it weighs and judges loads; None: it loads whatever
+        is there.
     settings : mapping, optional
         Sections of the configuration, key by key in place of the site's own.
     """
@@ -69,11 +81,13 @@ class KvbmSchedules(ConnectorSchedules):
         num_host: int = 6,
         num_disk: int = 10,
         loads: str = "async",
+        tokens_per_s: float | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         _clock.now = 1000.0
         block_nbytes = 2 * shape.num_layers * shape.num_heads * shape.block_tokens * shape.head_words
         _disk_blocks[0] = num_disk
+        _speed.tokens_per_s, _speed.step_s = tokens_per_s, 0.0
         sections: dict[str, dict[str, Any]] = {
             "host": {"size": num_host * block_nbytes * shape.num_groups * shape.num_ranks},
             "runtime": {"copy_threads": 1},
@@ -81,7 +95,8 @@ class KvbmSchedules(ConnectorSchedules):
         }
         for name, section in (settings or {}).items():
             sections[name] = {**sections.get(name, {}), **section}
-        super().__init__(shape, extra={**sections, "loads": loads, "always_load": True, "explain": False})
+        own = {"loads": loads, "always_load": tokens_per_s is None, "explain": False}
+        super().__init__(shape, extra={**sections, **own})
         self.cores = [half._worker._core for half in self.engine.worker_halves]
         for core in self.cores:
             core._has_ended = Stepping(core)
@@ -167,6 +182,7 @@ class KvbmSchedules(ConnectorSchedules):
 
 
 _clock = SteppedClock()
+_speed = FixedSpeed()
 _disk_blocks = [0]
 
 
@@ -194,6 +210,7 @@ def kvbm_connector(backend: Backend) -> Iterator[None]:
             mock.patch.object(half, "default_backend", return_value=backend),
             mock.patch.object(other_half, "default_backend", return_value=backend),
             mock.patch.object(half, "SchedulerCore", partial(half.SchedulerCore, clock=_clock)),
+            mock.patch.object(judge, "PrefillSpeed", return_value=_speed),
             mock.patch.object(arrange, "Planner", partial(Planner, clock=_clock)),
             mock.patch.object(worker, "LocalChannel", lambda execute, **more: SteppedChannel(execute)),
             mock.patch.object(shard, "make_storages", _with_disk),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass, field
 
 import pytest
-from msgspec.structs import replace
+from books_site import BLOCK_NBYTES, BLOCK_TOKENS, DIGESTS, NUM_BLOCKS, NUM_TOKENS, BooksSite
 
 from kvbm._backend import Backend
 from kvbm.engines.digests import Digests
@@ -18,16 +17,11 @@ from kvbm.engines.scheduler import SchedulerCore
 from kvbm.engines.speed import PrefillSpeed, TierGuard
 from kvbm.engines.step_channel import StepChannels
 from kvbm.jobs import CopyJob
-from kvbm.jobs.messages import Outcome, answer_all, decode_job
+from kvbm.jobs.messages import decode_job
 from kvbm.planner import Planner
-from kvbm.planner.estimates import _Route
 from kvbm.pool import BlockPool
 from kvbm.testing.channels import SteppedClock
 from kvbm.types import Tier
-
-BLOCK_TOKENS, BLOCK_NBYTES, NUM_BLOCKS = 16, 1 << 20, 64
-DIGESTS = [hashlib.sha256(bytes([number])).digest() for number in range(NUM_BLOCKS)]
-
 
 # -- speed and guard ------------------------------------------------------------------------------------------------
 
@@ -35,13 +29,24 @@ DIGESTS = [hashlib.sha256(bytes([number])).digest() for number in range(NUM_BLOC
 def test_speed_is_learnt_from_prompts_and_steps_from_all() -> None:
     speed = PrefillSpeed()
     assert speed.seconds(1000) is None
-    speed.observe(1, 0.02)
+    speed.observe(0, 0.02)
     assert (speed.tokens_per_s, speed.step_s) == (None, 0.02)
     speed.observe(1000, 0.0)
     assert speed.seconds(1000) is None, "a step without time says nothing"
     speed.observe(1000, 0.1)
     assert speed.seconds(1000) == pytest.approx(0.1)
     assert speed.step_s == pytest.approx(0.8 * 0.02 + 0.2 * 0.1)
+
+
+def test_short_prompts_show_the_least_speed_until_a_long_one_shows_it_all() -> None:
+    speed = PrefillSpeed()
+    for num_tokens, seconds in ((20, 0.02), (31, 0.01), (1, 0.01)):
+        speed.observe(num_tokens, seconds)
+    assert speed.tokens_per_s == pytest.approx(3100)
+    speed.observe(1000, 0.1)
+    assert speed.tokens_per_s == pytest.approx(10_000)
+    speed.observe(31, 0.001)
+    assert speed.tokens_per_s == pytest.approx(10_000)
 
 
 def test_guard_leaves_a_tier_alone_for_longer_and_longer_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -130,60 +135,17 @@ def test_a_load_that_comes_with_the_first_report_is_as_fast_as_any(
 # -- what is worth it -----------------------------------------------------------------------------------------------
 
 
-class Core:
-    """A scheduler's half over a host tier and a disk that holds a prompt."""
-
-    def __init__(self, backend: Backend, *, tier: Tier = Tier.DISK) -> None:
-        self.clock = SteppedClock()
-        self.channels = StepChannels(1, clock=self.clock)
-        pools = [BlockPool(NUM_BLOCKS, name=tier.value, tier=tier, backend=backend) for tier in (Tier.HOST, Tier.DISK)]
-        self.planner = Planner(pools, self.channels.channels, foreign_tier=Tier.DEVICE, clock=self.clock)
-        group = Group(self.planner, self.channels, block_nbytes=BLOCK_NBYTES)
-        self.core = SchedulerCore([group], block_tokens=BLOCK_TOKENS, clock=self.clock)
-        self.core.speed.tokens_per_s = 5000.0  # 3.2 ms for a block, as a tier of 328 MB/s
-        names = Digests().extend(DIGESTS)
-        pool = next(pool for pool in pools if pool.tier is tier)
-        pool.register_blocks(pool.allocate_blocks(NUM_BLOCKS).complete(names)).release()
-
-    def ask(self, request_id: str, num_blocks: int = NUM_BLOCKS) -> int:
-        num_tokens, _ = self.core.matched_tokens(
-            request_id, DIGESTS[:num_blocks], num_tokens=num_blocks * BLOCK_TOKENS + 1, num_computed_tokens=0
-        )
-        return num_tokens // BLOCK_TOKENS
-
-    def serve(self, request_id: str) -> list[CopyJob]:
-        """Compute a token of a request; give the jobs of that step that bring blocks up."""
-        self.core.computed(request_id, DIGESTS, [[]], num_tokens=1)
-        self.core.finished(request_id)
-        jobs = [decode_job(data) for data in self.core.orders().jobs[0]]
-        return [job for job in jobs if isinstance(job, CopyJob) and job.destination is Tier.HOST]
-
-    def answer(self, jobs: list[CopyJob], bytes_per_s: float) -> None:
-        for job in jobs:
-            nbytes = len(job.hashes) * BLOCK_NBYTES
-            done = answer_all(job, Outcome.OK, "")
-            self.channels.receive(0, [replace(done, nbytes=nbytes, seconds=nbytes / bytes_per_s)])
-
-    def believe(self, source: Tier, destination: Tier, bytes_per_s: float) -> None:
-        """Let copies be measured, as often as it takes to believe them."""
-        for _ in range(6):
-            self.clock.advance(0.01)
-            key, default = self.planner.estimates._key_of(source, destination)
-            route = self.planner.estimates._routes.setdefault(key, _Route(default))
-            route.observe(NUM_BLOCKS * BLOCK_NBYTES, NUM_BLOCKS * BLOCK_NBYTES / bytes_per_s, self.clock())
+@pytest.fixture
+def disk(backend: Backend) -> BooksSite:
+    return BooksSite(backend)
 
 
 @pytest.fixture
-def disk(backend: Backend) -> Core:
-    return Core(backend)
+def host(backend: Backend) -> BooksSite:
+    return BooksSite(backend, tier=Tier.HOST)
 
 
-@pytest.fixture
-def host(backend: Backend) -> Core:
-    return Core(backend, tier=Tier.HOST)
-
-
-def test_a_tier_that_was_slow_once_is_measured_anew_and_used_again(disk: Core) -> None:
+def test_a_tier_that_was_slow_once_is_measured_anew_and_used_again(disk: BooksSite) -> None:
     assert disk.ask("a") == NUM_BLOCKS
     disk.serve("a")
     disk.believe(Tier.DISK, Tier.HOST, 20e6)
@@ -207,7 +169,7 @@ def test_a_tier_that_was_slow_once_is_measured_anew_and_used_again(disk: Core) -
     assert disk.ask("f") == NUM_BLOCKS
 
 
-def test_copies_to_the_engine_that_were_slow_once_are_tried_again(host: Core) -> None:
+def test_copies_to_the_engine_that_were_slow_once_are_tried_again(host: BooksSite) -> None:
     host.believe(Tier.HOST, Tier.DEVICE, 20e6)
     assert host.ask("a") == 0
     assert not host.serve("a"), "nothing can be fetched from there"
@@ -215,7 +177,7 @@ def test_copies_to_the_engine_that_were_slow_once_are_tried_again(host: Core) ->
     assert host.ask("b") == NUM_BLOCKS
 
 
-def test_a_load_has_to_save_more_than_the_step_that_it_waits_for(host: Core) -> None:
+def test_a_load_has_to_save_more_than_the_step_that_it_waits_for(host: BooksSite) -> None:
     host.core.speed.step_s = 0.02
     assert host.ask("alone", 4) == 4, "nothing else runs: its step is short"
     host.core.finished("alone")
@@ -226,9 +188,75 @@ def test_a_load_has_to_save_more_than_the_step_that_it_waits_for(host: Core) -> 
     assert host.ask("alone again", 4) == 4
 
 
-def test_other_requests_steps_do_not_count_where_loads_come_within_the_step(host: Core) -> None:
+def test_other_requests_steps_do_not_count_where_loads_come_within_the_step(host: BooksSite) -> None:
     core = SchedulerCore(host.core._groups, block_tokens=BLOCK_TOKENS, clock=host.clock, loads_in_step=True)
     core.speed.tokens_per_s, core.speed.step_s = 5000.0, 0.02
     host.core = core
     core.computed("other", [], [[]], num_tokens=1)
     assert host.ask("short", 4) == 4
+
+
+def test_requests_that_share_a_prefix_wait_for_it_no_longer_than_computing_takes(disk: BooksSite) -> None:
+    for name in "ab":
+        num_tokens = disk.ask(name) * BLOCK_TOKENS
+        slots = [list(range(NUM_BLOCKS))]
+        disk.core.allocated(name, slots, num_computed_tokens=0, num_external_tokens=num_tokens)
+    (hanging,) = [decode_job(data) for data in disk.core.orders().jobs[0]]
+    assert isinstance(hanging, CopyJob)
+    assert len(hanging.hashes) == NUM_BLOCKS, "loaded once for both"
+    disk.clock.advance(0.24)
+    assert not disk.core.orders().loads
+    assert disk.ask("c") == 0, "behind them it would wait longer than computing takes"
+    disk.clock.advance(0.02)
+    loads = disk.core.orders().loads
+    assert {load.request_id: len(load.lost_slots) for load in loads} == {"a": NUM_BLOCKS, "b": NUM_BLOCKS}
+
+
+# -- hybrid models --------------------------------------------------------------------------------------------------
+
+
+class TwoGroups:
+    """A scheduler's half over two groups of layers, a prompt of which lies in another tier for each."""
+
+    def __init__(self, backend: Backend, *lying: Tier) -> None:
+        self.clock = SteppedClock()
+        self.groups, self.pools = [], []
+        for window_blocks, tier in zip((0, 4), lying, strict=True):
+            channels = StepChannels(1, clock=self.clock)
+            pools = [BlockPool(NUM_BLOCKS, name=one.value, tier=one, backend=backend) for one in (Tier.HOST, Tier.DISK)]
+            planner = Planner(pools, channels.channels, foreign_tier=Tier.DEVICE, clock=self.clock)
+            self.groups.append(Group(planner, channels, block_nbytes=BLOCK_NBYTES, window_blocks=window_blocks))
+            pool = next(pool for pool in pools if pool.tier is tier)
+            pool.register_blocks(pool.allocate_blocks(NUM_BLOCKS).complete(Digests().extend(DIGESTS))).release()
+        self.core = SchedulerCore(self.groups, block_tokens=BLOCK_TOKENS, clock=self.clock)
+
+    def load(self, request_id: str) -> Request:
+        """Begin to load the prompt."""
+        num_tokens, _ = self.core.matched_tokens(request_id, DIGESTS, num_tokens=NUM_TOKENS, num_computed_tokens=0)
+        slots = [list(range(NUM_BLOCKS))] * 2
+        self.core.allocated(request_id, slots, num_computed_tokens=0, num_external_tokens=num_tokens or 0)
+        return self.core._requests[request_id]
+
+
+@pytest.mark.parametrize(
+    ("full", "window"), [(Tier.DISK, Tier.HOST), (Tier.HOST, Tier.DISK), (Tier.HOST, Tier.HOST)], ids=str
+)
+def test_a_load_is_judged_by_the_lowest_tier_of_any_group(backend: Backend, full: Tier, window: Tier) -> None:
+    expected = Tier.DISK if Tier.DISK in (full, window) else Tier.HOST
+    assert TwoGroups(backend, full, window).load("a").lowest is expected
+
+
+def test_a_load_of_which_nothing_is_left_is_not_judged_by_the_one_before(disk: BooksSite) -> None:
+    slots = [list(range(NUM_BLOCKS))]
+    num_tokens = disk.ask("a") * BLOCK_TOKENS
+    disk.core.allocated("a", slots, num_computed_tokens=0, num_external_tokens=num_tokens)
+    request = disk.core._requests["a"]
+    assert request.lowest is Tier.DISK
+    for _ in range(3):
+        disk.answer([decode_job(data) for data in disk.core.orders().jobs[0]], 1e9)
+    disk.core.received(["a"])
+    disk.core.preempted("a")
+    for pool in disk.planner.pools:
+        pool.reset_blocks(request.digests.names)
+    disk.core.allocated("a", slots, num_computed_tokens=0, num_external_tokens=num_tokens)
+    assert request.lowest is None

@@ -143,10 +143,11 @@ class VllmScheduler:
             return 0, False
         is_first = request.request_id not in self._asked
         self._asked[request.request_id] = num_computed_tokens
+        computes_all = getattr(request, "skip_reading_prefix_cache", False)  # for every token's logits
         return self._core.matched_tokens(
             request.request_id,
             request.block_hashes,
-            num_tokens=request.num_tokens,
+            num_tokens=0 if computes_all else request.num_tokens,
             num_computed_tokens=num_computed_tokens,
             variant=variant_of(getattr(request, "lora_request", None)) if is_first else 0,
         )
