@@ -100,7 +100,7 @@ for _version in OTHER_PYTHONS:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, formatting and the floors that modules stand on."""
-    session.install("ruff>=0.9", "import-linter>=2.1")
+    session.install("ruff>=0.9", "import-linter>=2.5")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")

@@ -14,7 +14,7 @@ import pytest
 
 from kvbm.cli import main as cli
 from kvbm.engines.doctor import examine as examination
-from kvbm.engines.doctor.child import findings_of, run_child
+from kvbm.engines.doctor.child import STAND_IN, findings_of, run_child
 from kvbm.engines.doctor.findings import Finding, State, exit_status
 from kvbm.engines.doctor.setup import make_setup, make_transfer
 
@@ -118,14 +118,18 @@ def test_a_child_that_dies_is_a_row_with_its_last_words(tmp_path: Path) -> None:
     assert row.advice == "too little memory?"
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python takes what lies in the folder where it is started")
 def test_a_child_runs_the_same_kvbm_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kvbm").mkdir()
     (tmp_path / "kvbm" / "__init__.py").write_text("raise RuntimeError('a source tree')")
+    (tmp_path / "runpy.py").write_text("raise RuntimeError('a source tree')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    command = (sys.executable, "-m", "kvbm.engines.doctor.stand_in")
-    assert "a source tree" not in run_child(command, {}, folder=tmp_path, timeout_s=60.0).words
+    end = run_child(STAND_IN, {}, folder=tmp_path, timeout_s=60.0)
+    assert "a source tree" not in end.words
+    assert "KeyError: 'transfer'" in end.words, "it began, and misses its request"
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (tmp_path / "runpy.py").unlink()
+    assert "a source tree" in run_child(STAND_IN, {}, folder=tmp_path, timeout_s=60.0).words, "as this process does"
 
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from vllm_site import Engine, needs_vllm, prompt_of
+from vllm_site import Engine, Texts, keep_the_prefix_cache, need_model, needs_vllm, prompt_of
 
 from kvbm.executor import Executor
 from kvbm.jobs import CopyJob, Job, JobResult, Outcome
@@ -17,7 +17,7 @@ from kvbm.types import Tier
 
 pytestmark = needs_vllm
 Start = Callable[..., Engine]
-_EXPONENT = 103  # of a float32 in a block: with this bit the other way the number is another one by 2**128
+_EXPONENT = 103  # of a float32 or bfloat16 in a block: with this bit the other way the number is another one by 2**128
 PROMPTS = [prompt_of(30 + seed, num_tokens) for seed, num_tokens in enumerate((300, 500, 701))]
 
 
@@ -117,3 +117,94 @@ def test_copies_that_fail_at_random_change_no_text(start: Start, tmp_path: Path,
     engine = start(kind, disk=tmp_path)
     assert engine.generate(PROMPTS)[0] == expected
     engine.calm()
+
+
+# -- MLA: the text depends on how much of the prompt is cached, and in bfloat16 on which requests share a step ---------
+
+
+@pytest.fixture
+def start_latent(start: Start, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Start engines whose hits are loaded although vLLM's texts behind hits are not the cold ones."""
+    need_model("deepseek")
+    keep_the_prefix_cache(monkeypatch)
+    return lambda **arguments: start("deepseek", dtype="bfloat16", **arguments)
+
+
+def alone(engine: Engine) -> list[tuple[Texts, int]]:
+    """Give each prompt's text, and how many of its tokens were there when it began to be computed.
+
+    vLLM tells how many were promised.
+    """
+    began: list[int] = []
+    half = engine.half
+    half.orders = lambda output: (
+        began.extend(new.num_computed_tokens for new in output.scheduled_new_reqs) or type(half).orders(half, output)
+    )
+    texts = [engine.generate([prompt])[0] for prompt in PROMPTS]
+    del half.orders
+    return list(zip(texts, began, strict=True))
+
+
+def see_texts_of_own_hits(start_latent: Start, told: list[tuple[Texts, int]]) -> None:
+    """See that each text is what an engine writes behind a hit of that length in its own cache."""
+    engine = start_latent(has_connector=False)
+    manager = engine.vllm_scheduler.kv_cache_manager.coordinator
+    find = manager.find_longest_cache_hit
+    expected: dict[tuple[int, int], Texts] = {}
+    for index, (text, num_cached) in enumerate(told):
+        index %= len(PROMPTS)
+        if (index, num_cached) not in expected:
+            assert engine.llm.reset_prefix_cache()
+            engine.generate([PROMPTS[index]])
+            manager.find_longest_cache_hit = lambda names, most, n=num_cached: find(names, min(most, n))
+            hit = engine.generate([PROMPTS[index]])
+            assert hit[1] == [num_cached]
+            expected[index, num_cached] = hit[0]
+            manager.find_longest_cache_hit = find
+        assert text == expected[index, num_cached], f"prompt {index} behind {num_cached} cached tokens"
+
+
+@pytest.mark.parametrize("places", [slice(None), slice(3, 4)], ids=["every block", "one block"])
+def test_flipped_bits_in_host_memory_change_no_text_of_mla(start_latent: Start, places: slice) -> None:
+    engine = start_latent()
+    whole = [(len(prompt) - 1) // engine.half._block_tokens * engine.half._block_tokens for prompt in PROMPTS]
+    alone(engine)
+    engine.forget()
+    flip_bits_in_memory(engine, places)
+    told = alone(engine)
+    assert engine.count("mismatches") > 0
+    num_short = sum(num_there < most for (_, num_there), most in zip(told, whole, strict=True))
+    assert num_short == (1 if places.stop else len(PROMPTS))
+    engine.calm()
+    see_texts_of_own_hits(start_latent, told)
+
+
+def test_flipped_bits_on_the_disk_change_no_text_of_mla(start_latent: Start, tmp_path: Path) -> None:
+    engine = start_latent(disk=tmp_path)
+    alone(engine)
+    engine.calm()
+    engine = start_latent(disk=tmp_path)
+    flip_bits_on_disk(tmp_path)
+    told = alone(engine)
+    assert engine.count("mismatches") > 0
+    engine.calm()
+    see_texts_of_own_hits(start_latent, told)
+
+
+def test_copies_that_fail_at_random_change_no_text_of_mla(
+    start_latent: Start, tmp_path: Path, lossy: list[int]
+) -> None:
+    engine = start_latent(disk=tmp_path)
+    told = []
+    for round_number in range(4):
+        told += alone(engine)
+        engine.forget()
+        if round_number % 2:
+            engine.forget_memory()
+        told += alone(engine)
+        engine.settle()
+        assert engine.llm.reset_prefix_cache(reset_connector=True), "else blocks that were computed behind hits stay"
+    assert lossy
+    assert len({num_there for _, num_there in told}) > 2, "else this proves little"
+    engine.calm()
+    see_texts_of_own_hits(start_latent, told)

@@ -136,20 +136,21 @@ def test_another_salt_finds_nothing(start: Start) -> None:
     engine.calm()
 
 
-@pytest.mark.vllm_smoke
-def test_gemma3_with_two_groups_of_layers_writes_the_same(start: Start, tmp_path: Path) -> None:
-    engine = start("gemma3", disk=tmp_path)
+@pytest.mark.parametrize("block_size", [32, pytest.param(64, marks=pytest.mark.vllm_smoke), 128])
+def test_gemma3_with_two_groups_of_layers_writes_the_same(start: Start, tmp_path: Path, block_size: int) -> None:
+    engine = start("gemma3", disk=tmp_path, block_size=block_size)
     assert len(engine.half._groups) == 2
+    assert engine.half._block_tokens == block_size
     cold, _ = engine.generate(PROMPTS)
     assert engine.generate(PROMPTS)[0] == cold
     engine.forget()
-    assert engine.generate(PROMPTS) == (cold, whole_blocks(64))
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size))
     engine.forget()
     engine.forget_memory()
-    assert engine.generate(PROMPTS) == (cold, whole_blocks(64)), "from the disk"
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "from the disk"
     engine.calm()
-    engine = start("gemma3", disk=tmp_path)
-    assert engine.generate(PROMPTS) == (cold, whole_blocks(64)), "in a fresh engine"
+    engine = start("gemma3", disk=tmp_path, block_size=block_size)
+    assert engine.generate(PROMPTS) == (cold, whole_blocks(block_size)), "in a fresh engine"
     engine.calm()
 
 

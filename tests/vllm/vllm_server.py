@@ -127,6 +127,17 @@ class Server:
         details = content["usage"]["prompt_tokens_details"] or {}
         return Answer(tuple(content["choices"][0]["token_ids"]), details.get("cached_tokens") or 0)
 
+    def blocks_in(self, tier: str) -> int:
+        """Count the blocks that a tier holds, as the metrics have it; they follow within a second."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=QUIET_S)
+        try:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        finally:
+            connection.close()
+        mine = [line for line in lines if line.startswith("vllm:kvbm_blocks_inactive{") and f'tier="{tier}"' in line]
+        return int(sum(float(line.rsplit(" ", 1)[1]) for line in mine))
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:

@@ -16,8 +16,17 @@ from typing import Any
 from kvbm.engines.doctor.findings import Finding, State, show_nbytes
 from kvbm.engines.doctor.report import ChildReport
 
-STAND_IN = (sys.executable, "-m", "kvbm.engines.doctor.stand_in")
-VLLM = (sys.executable, "-m", "kvbm.engines.vllm.doctor_child")
+# As -m does, but for the folder that Python begins its path with: one with a source tree would hide the kvbm that is
+# installed. PYTHONSAFEPATH keeps it out from Python 3.11 on; 3.10 knows no such thing, there it is taken out.
+_START = """
+import os, sys
+if os.environ.get("PYTHONSAFEPATH") and sys.path[:1] == [""]:
+    del sys.path[0]
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+STAND_IN = (sys.executable, "-c", _START, "kvbm.engines.doctor.stand_in")
+VLLM = (sys.executable, "-c", _START, "kvbm.engines.vllm.doctor_child")
 # A doctor loads nothing from afar and tells nobody, and its engine is one process, which starts sooner.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -66,7 +75,7 @@ def run_child(command: Sequence[str], request: Mapping[str, Any], *, folder: Pat
     report, words, asked = folder / "report.jsonl", folder / "words.txt", folder / "request.json"
     asked.write_text(json.dumps({**request, "report": str(report)}), encoding="utf-8")
     environment = {**ENVIRONMENT, **os.environ}
-    if not {"", str(Path.cwd())} & set(sys.path):  # -m would take a source tree here for the kvbm that is installed
+    if not {"", str(Path.cwd())} & set(sys.path):  # this process has it from elsewhere
         environment["PYTHONSAFEPATH"] = "1"
     with words.open("wb") as output:
         process = subprocess.Popen(

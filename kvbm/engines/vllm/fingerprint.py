@@ -6,18 +6,24 @@ also what was set over its configuration, the attention kernels, and how they ar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
+import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvbm.fingerprint import find_fingerprint
 
 _SAMPLE_NBYTES = 4096
 _OF_THIS_PROCESS = secrets.token_bytes(16)
+_NUM_ADAPTERS = 256  # whose files are known without reading them again
+_YOUNG_NS = 2_000_000_000  # a file may change again within the tick of a file system's clock, its status does not
+_PERSON = b"kvbm-adapter-v1"
 _NOT_OF_THE_MODEL = ("_name_or_path", "name_or_path", "transformers_version")
 
 
@@ -79,6 +85,17 @@ def kernel_of(vllm_config: Any, names: Sequence[str], kv_caches: Mapping[str, An
     return f"{type(spec).__name__}-{digest}"
 
 
+class _File(NamedTuple):
+    """What a file's status says of its content: none of it stays when the file is written anew or replaced."""
+
+    name: str
+    nbytes: int
+    written_ns: int
+    changed_ns: int  # cannot be set back, as `written_ns` can
+    device: int
+    inode: int
+
+
 def variant_of(lora_request: Any) -> int:
     """Give 64 bits that name an adapter's files; 0 without an adapter.
 
@@ -89,22 +106,44 @@ def variant_of(lora_request: Any) -> int:
     Notes
     -----
     vLLM's own digests have an adapter's name and path. What lies there may be trained anew, which a tier that outlives
-    the process would not notice. Reads a few pages of each file: once for a request is often enough.
+    the process would not notice. Reads a few pages of each file the first time; then it asks for their status only,
+    as long as that stays and is older than two seconds. Holds 256 adapters; another one takes the place of the one
+    that was asked for the longest time ago.
     """
     if lora_request is None:
         return 0
-    folder = Path(_place_of_name(str(lora_request.lora_path), "adapter_config.json"))
-    digest = hashlib.blake2b(digest_size=8, person=b"kvbm-adapter-v1")
+    folder = _place_of_name(str(lora_request.lora_path), "adapter_config.json")
+    files: tuple[_File, ...] = ()
     try:
-        for path in sorted(one for one in folder.iterdir() if one.is_file()):
-            status = path.stat()
-            digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-            with path.open("rb", buffering=0) as file:
-                for place in (0, status.st_size // 2, max(0, status.st_size - _SAMPLE_NBYTES)):
-                    file.seek(place)
-                    digest.update(file.read(_SAMPLE_NBYTES))
+        files = _files_in(folder)
+        is_settled = all(max(one.written_ns, one.changed_ns) + _YOUNG_NS < time.time_ns() for one in files)
+        return (_name_of_files if is_settled else _name_of_files.__wrapped__)(folder, files)
     except OSError:  # the engine has its files elsewhere: no other process is to find its blocks
-        digest.update(_OF_THIS_PROCESS)
+        digest = hashlib.blake2b(repr(files).encode() + _OF_THIS_PROCESS, digest_size=8, person=_PERSON)
+        return int.from_bytes(digest.digest(), "little")
+
+
+def _files_in(folder: str) -> tuple[_File, ...]:
+    with os.scandir(folder) as entries:
+        return tuple(sorted(_file(one.name, one.stat()) for one in entries if one.is_file()))
+
+
+def _file(name: str, status: os.stat_result) -> _File:
+    return _File(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino)
+
+
+@functools.lru_cache(maxsize=_NUM_ADAPTERS)
+def _name_of_files(folder: str, files: tuple[_File, ...]) -> int:
+    """Name files by a few pages of each; raises OSError, and so keeps nothing, where one is no longer what it was."""
+    digest = hashlib.blake2b(digest_size=8, person=_PERSON)
+    for one in files:
+        digest.update(repr((one.name, one.nbytes, one.written_ns)).encode())
+        with Path(folder, one.name).open("rb", buffering=0) as file:
+            for place in (0, one.nbytes // 2, max(0, one.nbytes - _SAMPLE_NBYTES)):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE_NBYTES))
+            if _file(one.name, os.fstat(file.fileno())) != one:
+                raise OSError(f"{one.name} was replaced while it was read")
     return int.from_bytes(digest.digest(), "little")
 
 
