@@ -6,6 +6,8 @@ import hashlib
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kvbm._backend import Backend
@@ -219,3 +221,28 @@ def test_a_sequence_is_followed_as_long_as_its_blocks_are_there(backend: Backend
         server.channels.receive(0, [answer])
     assert server.ask("a", digests) == (num_stored * BLOCK_TOKENS, True)
     assert num_asked == [64, 128, 256, 256, 256, 40][: len(num_asked)]
+
+
+# -- steps ----------------------------------------------------------------------------------------------------------
+
+OPERATIONS = st.tuples(st.sampled_from(["ask", "ask", "answer", "go away", "wait"]), st.integers(0, 20))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=st.lists(OPERATIONS, min_size=5, max_size=40))
+def test_a_step_without_a_pump_forgets_no_question(backend: Backend, operations: list[tuple[str, int]]) -> None:
+    server = Server(backend)
+    (pump,) = server.core._pumps
+    questions: list[ProbeJob] = []
+    for number, (operation, value) in enumerate(operations):
+        if operation == "ask":
+            server.ask(str(number), digests_of(str(value % 4), 1 + 7 * value))
+        elif operation in ("answer", "go away") and questions:
+            is_away = operation == "go away"
+            outcome = Outcome.FAILED if is_away or value % 2 else Outcome.OK
+            server.answer([questions.pop(0)], outcome, is_away=is_away)
+        elif operation == "wait":
+            server.clock.advance(value / 2)
+        if not pump.step():
+            assert not server.planner.pump(), "there was something to do"
+        questions += server.questions()
