@@ -218,11 +218,12 @@ class _Lane:
         self._is_finishing = False
         self._name = f"kvbm-{name}"
         self._num_threads = num_threads
-        self._num_idle = 0
+        self._num_idle = 0  # threads that wait for a job, or have yet to begin
         self._num_present = 0  # threads that work or are idle
         self._running: set[int] = set()
         self._threads: list[threading.Thread] = []
-        self._start_thread()
+        with self._lock:
+            self._start_thread()
 
     def put(self, job: Job, deadline: float | None) -> None:
         with self._lock:
@@ -251,6 +252,7 @@ class _Lane:
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         thread.start()
         self._num_present += 1
+        self._num_idle += 1
         self._threads = [*(known for known in self._threads if known.is_alive()), thread]
 
     def take_back(
@@ -293,16 +295,13 @@ class _Lane:
             _let_others_go_first()
         while True:
             with self._lock:
-                if self._num_present > self._num_threads:  # it stood in for one that is back
+                is_one_too_many = self._num_present > self._num_threads  # it stood in for one that is back
+                while not (self._urgent or self._others or self._is_finishing or is_one_too_many):
+                    self._has_work.wait()
+                self._num_idle -= 1
+                if is_one_too_many or not (self._urgent or self._others):
                     self._num_present -= 1
                     return
-                while not (self._urgent or self._others):
-                    if self._is_finishing:
-                        self._num_present -= 1
-                        return
-                    self._num_idle += 1
-                    self._has_work.wait()
-                    self._num_idle -= 1
                 job, deadline = (self._urgent or self._others).popleft()
                 self._running.add(job.job_id)
             try:
@@ -311,6 +310,8 @@ class _Lane:
                 _log.exception("a result could not be taken job_id=%d", job.job_id)
             self._running.discard(job.job_id)
             del job
+            with self._lock:
+                self._num_idle += 1
 
 
 def _let_others_go_first() -> None:

@@ -83,6 +83,22 @@ def test_second_thread_starts_only_where_the_first_is_busy(copy_job: MakeJob, bo
     assert channel.close(PATIENCE_S)
 
 
+def test_thread_that_has_yet_to_begin_is_not_taken_for_a_busy_one(
+    copy_job: MakeJob, box: Any, gated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_begin = threading.Event()
+    monkeypatch.setattr("kvbm.jobs.channel._let_others_go_first", lambda: may_begin.wait(PATIENCE_S))
+    channel = opened(gated, box, is_bounded=is_bounded)
+    gated.let_all()
+    channel.send(copy_job(0, UP))
+    assert kvbm_threads() == ["kvbm-disk-device"]
+    channel.send(copy_job(1, UP))
+    assert kvbm_threads() == 2 * ["kvbm-disk-device"]
+    may_begin.set()
+    assert channel.close(PATIENCE_S)
+    assert sorted(box.ids) == [0, 1]
+
+
 def test_close_waits_for_both_threads_of_a_route(copy_job: MakeJob, box: Any, gated: Any) -> None:
     channel = opened(gated, box, is_bounded=is_bounded)
     for job_id in range(4):
