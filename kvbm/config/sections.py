@@ -291,7 +291,8 @@ class RemoteConfig(TierConfig, frozen=True, kw_only=True, forbid_unknown_fields=
     max_concurrency: Annotated[PositiveInt, key("Requests under way at once.", _COUNT)] = 32
     request_timeout_s: Annotated[Seconds, key("Time of one request.", _SECONDS)] = 5.0
     probe_blocks: Annotated[
-        PositiveInt, key("Blocks that one request missed and the store is asked for, in the background.", _COUNT)
+        PositiveInt,
+        key("Blocks that one request missed and the store is asked for first; as long as all are there, more.", _COUNT),
     ] = 64
     absent_s: Annotated[Seconds, key("Time until a block that was absent is asked for again.", _SECONDS)] = 10.0
     known_s: Annotated[

@@ -31,7 +31,7 @@ class Limits:
     lineage_blocks : int
         Hashes remembered to keep the parents of a block younger than the block in lower tiers.
     probe_blocks : int
-        Blocks of one request that a keyed tier is asked for.
+        Blocks of one request that a keyed tier is asked for at first; as long as all are there, for twice as many next.
     absent_blocks : int
         Blocks remembered as absent in a keyed tier.
     absent_s : float
