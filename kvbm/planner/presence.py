@@ -4,9 +4,8 @@ A keyed tier (an object store) has no slots. Its pool is the view: a block of it
 there", the row used longest ago gives way, and forgetting a row forgets nothing below. Rows come from a listing at the
 start, from our own writes, and from probes: what a request misses is asked for in the background, in batches, one job
 at a time, so that the next request finds it; a sequence is followed as long as its blocks are there. What is known to
-be absent is not asked for again for a while, and what is
-known to be there is asked for again after a longer one: others may delete it. A tier that cannot be reached is left
-alone for a while.
+be absent is not asked for again for a while, and what is known to be there is asked for again after a longer one:
+others may delete it. A tier that cannot be reached is left alone for a while.
 """
 
 from __future__ import annotations
@@ -122,10 +121,9 @@ class Presence:
         self._asked: deque[Wish] = deque()  # what somebody waits for; under `_choosing`
         self._known = KnownRows(pool, limits.known_s, clock)
         self._absent: OrderedDict[bytes, float] = OrderedDict()  # until when it counts as absent
-        self._is_asking = False  # one question at a time
+        self.asked_at: float | None = None  # moment when the open question was begun: one at a time
         self._choosing = threading.Lock()  # guards it
         self._away_until = -np.inf
-        self.asked_at: float | None = None  # moment when the open question was sent
 
     @property
     def tier(self) -> Tier:
@@ -204,7 +202,7 @@ class Presence:
 
     def next_look(self) -> float | None:
         """When to step again, if nothing happens before."""
-        if self._is_asking:
+        if self.asked_at is not None:
             return None
         return self._away_until if self._asked or self._wanted else max(self._known.looks_at, self._away_until)
 
@@ -213,9 +211,9 @@ class Presence:
         self._drop_unwanted()
         with self._choosing:
             has_work = self._wanted or self._asked or self._known.is_due
-            if self._is_asking or not has_work or self.is_away:
+            if self.asked_at is not None or not has_work or self.is_away:
                 return False
-            self._is_asking = True
+            self.asked_at = self._clock()
         question = _Question()
         try:
             self._choose(question)
@@ -225,10 +223,10 @@ class Presence:
         except BaseException:
             with self._choosing:
                 self._asked.extendleft(reversed([wish for wish, _ in question.wishes]))
-            self._is_asking = False
+            self.asked_at = None
             self._end(question)
             raise
-        self._is_asking = False
+        self.asked_at = None
         return bool(self._wanted or self._asked or self._known.is_due)
 
     def _drop_unwanted(self) -> None:
@@ -256,7 +254,7 @@ class Presence:
                     _tell(wish, known)
                     continue
                 question.wishes.append((wish, known))
-            elif now >= wish.until or not any(not self._is_absent(key, now) for key in keys):
+            elif now >= wish.until or all(self._is_absent(key, now) for key in keys):
                 self._follow(wish, is_there=not keys and now < wish.until)
                 continue
             else:
@@ -293,7 +291,7 @@ class Presence:
         names, above = (np.array(column, dtype=np.uint64) for column in zip(*question.found.values(), strict=True))
 
         def settle(entry: OpenJob) -> Iterable[After]:
-            self._is_asking, self.asked_at = False, None
+            self.asked_at = None
             is_away = any(result.is_away for result in entry.results.values())
             if is_away and not entry.is_too_late:  # it is asked again, as long as somebody wants to know
                 self._end(question)
@@ -310,7 +308,6 @@ class Presence:
             self._end(question)
             return [partial(_tell, wish, known | stored) for wish, known in question.wishes]
 
-        self.asked_at = self._clock()
         job = ProbeJob(job_id=self._next_id(), tier=self.tier, ids=np.zeros(len(names), dtype=np.int32), hashes=names)
         self._submit([(job, settle)])
 

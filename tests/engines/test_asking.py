@@ -169,6 +169,22 @@ def test_nobody_waits_behind_a_question_that_hangs(server: Server) -> None:
         assert server.ask(name, digests_of(name)) == NOTHING
 
 
+def test_a_question_that_could_not_be_sent_is_not_taken_for_one_that_hangs(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(jobs: object) -> None:
+        raise OSError("no room for a job")
+
+    (presence,) = server.planner.presences
+    assert server.ask("a") == WAITS
+    with monkeypatch.context() as patch:
+        patch.setattr(presence, "_submit", refuse)
+        with pytest.raises(OSError, match="no room for a job"):
+            server.questions()
+    server.clock.advance(0.3)
+    assert server.ask("b", OTHER) == WAITS
+
+
 def test_a_request_that_has_no_room_in_the_queue_does_not_wait(server: Server) -> None:
     assert server.ask("a") == WAITS
     assert server.questions()

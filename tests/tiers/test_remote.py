@@ -41,7 +41,7 @@ class Remote(Tiers):
     def wait_for_probes(self) -> None:
         """Let the background ask for what was missed, and hear the answer."""
         self.manager._planner.pump()
-        self.wait_until(lambda: not (self.presence._wanted or self.presence._is_asking))
+        self.wait_until(lambda: not (self.presence._wanted or self.presence.asked_at is not None))
 
     def settle_copies(self) -> None:
         """Wait until no copy is under way."""

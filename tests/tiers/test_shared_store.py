@@ -56,7 +56,7 @@ def find(tiers: Tiers, hashes: HashArray) -> None:
         tiers.manager.match_sequence_hashes(hashes).release()
         planner.pump()
         with planner._changed:
-            assert planner._changed.wait_for(lambda: not presence._is_asking, PATIENCE_S)
+            assert planner._changed.wait_for(lambda: presence.asked_at is None, PATIENCE_S)
         if tiers.manager.lookup(hashes) == len(hashes):
             return
     raise AssertionError("the store was asked in vain")
