@@ -100,8 +100,8 @@ class Stager:
         if request.is_sync:  # nobody waits in a step
             hit.truncate(self._num_on_top(group, hit))
         found = [pool.tier for pool in group.planner.pools if pool.tier.value in hit.tiers]
-        lowest = [*found[-1:], *([] if request.lowest is None else [request.lowest])]
-        request.lowest = max(lowest, key=list(Tier).index, default=None)  # of all groups
+        known = [tier for tier in (*found, request.lowest) if tier is not None]
+        request.lowest = max(known, key=list(Tier).index, default=None)  # of all groups
         if len(hit) * self._block_tokens > sum(request.sources.values()):  # of the group that needs most
             request.sources = {tier: hit.tiers[tier.value] * self._block_tokens for tier in found}
         try:
